@@ -1,0 +1,87 @@
+"""The one validated description of a compression run. Field descriptions are the command line's help texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .budget import MODULES, Module
+from .errors import InvalidRequest
+from .methods import METHODS
+
+Allocation = Literal["uniform", "block-influence", "block-influence-split"]
+Statistics = Literal["sequential", "dense"]
+
+
+class CompressionConfig(BaseModel):
+    """What to remove, how to choose it, and what to calibrate on. Immutable; validated on construction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="Share of the decoder blocks' parameters to remove, between 0 and 1. "
+        "Embeddings and head are never touched."
+    )
+    method: str = Field("modegpt", description="Compression method: " + ", ".join(METHODS) + ".")
+    allocation: Allocation = Field(
+        "block-influence",
+        description="How the layers share the loss: 'uniform'; 'block-influence', less from layers that change "
+        "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43).",
+    )
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Temperature of the block-influence allocations: low concentrates the loss on few layers. "
+        "'auto' lets the most compressed layer lose 80 %.",
+    )
+    modules: tuple[Module, ...] = Field(
+        MODULES, description="Comma-separated modules to compress: mlp, qk (query-key), vo (value-output)."
+    )
+    statistics: Statistics = Field(
+        "sequential",
+        description="'sequential': each layer is calibrated on what the compressed layers before it produce; "
+        "'dense': on what the dense model produces.",
+    )
+    align: Annotated[int, Field(ge=1)] = Field(
+        1, description="Round ranks to multiples of this many channels; 8 to 64 can suit a GPU's kernels better."
+    )
+    ridge: Annotated[float, Field(gt=0)] = Field(
+        1e-4,
+        description="Ridge of the leverage scores (lambda) in units of the mean channel energy, hence scale-free.",
+    )
+    samples: Annotated[int, Field(ge=1)] = Field(128, description="Number of calibration windows.")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="Tokens in a window.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Seed of every random choice.")
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        1, description="Windows run at once; more needs more memory and changes results only by rounding."
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(f"unknown method; use one of {', '.join(METHODS)}")
+        return value
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _split_modules(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, (tuple, list)):
+            unknown = [part for part in value if part not in MODULES]
+            if unknown or not value:
+                raise ValueError(f"unknown module {', '.join(map(repr, unknown)) or '(none)'}; use {', '.join(MODULES)}")
+            return tuple(module for module in MODULES if module in value)
+        return value
+
+    @classmethod
+    def validated(cls, **values: object) -> CompressionConfig:
+        """Build a config, turning pydantic's report into one :class:`InvalidRequest` line."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            option = "--" + str(problem["loc"][0]).replace("_", "-")
+            message = problem["msg"].removeprefix("Value error, ")
+            raise InvalidRequest(f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}") from error

@@ -1,0 +1,220 @@
+"""Text to token windows: where calibration and evaluation text comes from and how it is cut.
+
+A source is a data set on the hub (``wikitext2``, ``ptb``, ``alpaca``), a local file, or ``self``, text
+sampled from the model. Text is tokenised once, without special tokens, and cut into consecutive
+windows of equal length, so that no window holds padding.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import InvalidRequest
+
+#: The share of a text that is set aside for evaluation when no separate evaluation text is named.
+HELD_OUT_SHARE = 0.1
+
+SELF = "self"
+FILE_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A public data set: its address on the hub, the splits to calibrate and evaluate on, and how rows join."""
+
+    path: str
+    name: str | None
+    calibration_split: str
+    evaluation_split: str
+    separator: str
+
+
+HUB_DATASETS: Mapping[str, HubDataset] = {
+    "wikitext2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test", "\n\n"),
+    "ptb": HubDataset("ptb-text-only/ptb_text_only", "penn_treebank", "train", "test", " "),
+    # Alpaca has one split: the last tenth of its rows is the evaluation part.
+    "alpaca": HubDataset("tatsu-lab/alpaca", None, "train[:90%]", "train[90%:]", "\n\n"),
+}
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Token ids (N, T) int64 and, where windows are padded, a mask (N, T) that is true on real tokens."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.dim() != 2 or self.ids.dtype != torch.int64 or self.ids.numel() == 0:
+            raise InvalidRequest(f"token windows must be a non-empty (N, T) int64 tensor, got {describe(self.ids)}")
+        if self.mask is None:
+            return
+        if self.mask.shape != self.ids.shape or self.mask.dtype != torch.bool:
+            raise InvalidRequest(f"the mask must be bool and shaped like the ids, got {describe(self.mask)}")
+        if bool(self.mask.all()):
+            object.__setattr__(self, "mask", None)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.ids.numel() if self.mask is None else self.mask.sum())
+
+    def sha256(self) -> str:
+        """Hash of the shape, the little-endian int64 ids and the mask: equal hashes mean equal windows."""
+        digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
+        digest.update(self.ids.contiguous().numpy().astype("<i8").tobytes())
+        if self.mask is not None:
+            digest.update(self.mask.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, size: int) -> Iterable[TokenWindows]:
+        """Consecutive batches of at most ``size`` windows."""
+        for start in range(0, len(self), size):
+            mask = None if self.mask is None else self.mask[start : start + size]
+            yield TokenWindows(self.ids[start : start + size], mask)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Shape and dtype, for error messages."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def check_source(source: str, *, option: str, allow_self: bool = False) -> None:
+    """Refuse a ``source`` that names neither a known data set nor an existing file of a known kind."""
+    names = [*HUB_DATASETS, *([SELF] if allow_self else [])]
+    if source in names:
+        return
+    path = Path(source)
+    if path.is_file() and source.endswith(FILE_SUFFIXES):
+        return
+    problem = "no such file" if not path.exists() else "not a file of a known kind"
+    raise InvalidRequest(
+        f"{option} {source!r}: {problem}; use one of {', '.join(names)} or a file ending in {', '.join(FILE_SUFFIXES)}"
+    )
+
+
+def read_text(source: str, *, evaluation: bool = False) -> str:
+    """The text of a data set or local file; ``evaluation`` selects the data set's evaluation split."""
+    if source in HUB_DATASETS:
+        return _hub_text(HUB_DATASETS[source], evaluation)
+    return _file_text(Path(source))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """Token ids (n,) of ``text`` without special tokens."""
+    # verbose=False: a text longer than the model's context is cut into windows later, not fed whole.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def first_windows(ids: torch.Tensor, count: int, length: int, *, what: str) -> TokenWindows:
+    """The first ``count`` consecutive windows of ``length`` tokens; refuses when there are too few tokens."""
+    _require(len(ids), count * length, f"{what}: {count} windows of {length} tokens")
+    return TokenWindows(ids[: count * length].view(count, length))
+
+
+def random_windows(ids: torch.Tensor, count: int, length: int, seed: int, *, what: str) -> TokenWindows:
+    """``count`` different windows of a text cut into consecutive windows of ``length``, drawn with ``seed``."""
+    _require(len(ids), count * length, f"{what}: {count} samples of {length} tokens")
+    available = len(ids) // length
+    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
+    return TokenWindows(ids[: available * length].view(available, length)[chosen].contiguous())
+
+
+def split_held_out(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut ``ids`` into a calibration part and a held-out tail of a tenth, at least one window of ``length``."""
+    held_out = max(length, int(len(ids) * HELD_OUT_SHARE))
+    cut = max(0, len(ids) - held_out)
+    return ids[:cut], ids[cut:]
+
+
+@torch.no_grad()
+def sample_from_model(
+    model: PreTrainedModel, start_token: int, count: int, length: int, seed: int, batch_size: int
+) -> TokenWindows:
+    """``count`` windows of ``length`` tokens sampled from ``model`` itself at temperature 1 after ``start_token``."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    rows = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for first in range(0, count, batch_size):
+            prompt = torch.full((min(batch_size, count - first), 1), start_token, device=device)
+            rows.append(
+                model.generate(  # type: ignore[operator]
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=length,
+                    min_new_tokens=length,
+                    pad_token_id=start_token,
+                ).cpu()[:, 1 : length + 1]
+            )
+    return TokenWindows(torch.cat(rows).contiguous())
+
+
+def _require(available: int, needed: int, purpose: str) -> None:
+    if available < needed:
+        raise InvalidRequest(
+            f"{purpose} need {needed:,} tokens, but the text has {available:,}; "
+            "give a longer text or fewer or shorter samples"
+        )
+
+
+def _hub_text(dataset: HubDataset, evaluation: bool) -> str:
+    from datasets import load_dataset  # a slow import that local files do not need
+
+    split = dataset.evaluation_split if evaluation else dataset.calibration_split
+    try:
+        rows = load_dataset(dataset.path, dataset.name, split=split)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise InvalidRequest(f"data set {dataset.path} could not be loaded from the hub: {message}") from error
+    return dataset.separator.join(row_text(row) for row in rows)
+
+
+def _file_text(path: Path) -> str:
+    try:
+        if path.name.endswith(".parquet"):
+            import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+            return "\n\n".join(row_text(row) for row in rows)
+        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        text = raw.decode("utf-8")
+        if path.name.removesuffix(".gz").endswith(".jsonl"):
+            return "\n\n".join(row_text(json.loads(line)) for line in text.splitlines() if line.strip())
+        return text
+    except InvalidRequest:
+        raise
+    except Exception as error:  # a damaged archive, broken JSON, another encoding, ...
+        message = " ".join(str(error).split())
+        raise InvalidRequest(f"{path} could not be read as text: {message}") from error
+
+
+def row_text(row: Any) -> str:
+    """The text of one record: its ``text`` or ``sentence`` field, or an instruction in Alpaca's prompt form."""
+    if isinstance(row, str):
+        return row
+    if isinstance(row, Mapping):
+        for field in ("text", "sentence", "content"):
+            if isinstance(row.get(field), str):
+                return str(row[field])
+        if "instruction" in row and "output" in row:
+            given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
+            return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
+    raise InvalidRequest(f"a record needs a 'text', 'sentence' or 'content' field, or Alpaca's fields: {str(row)[:80]!r}")

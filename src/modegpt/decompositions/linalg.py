@@ -1,0 +1,38 @@
+"""Linear algebra shared by the decompositions."""
+
+from __future__ import annotations
+
+import torch
+
+
+def solve_psd(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """pinv(A) B for a symmetric positive semi-definite A, exactly or nearly singular ones included.
+
+    A (n, n) and B (n, p) are float64; returns (n, p). A is first scaled to unit diagonal, so that the
+    cut-off does not depend on the units of single channels; a zero row of A gives a zero row of the
+    result. A well-conditioned A is solved by Cholesky; otherwise eigenvalues below ``n * eps`` of the
+    largest are treated as zero.
+    """
+    n = matrix.shape[0]
+    scale = matrix.diagonal().clamp_min(0).sqrt()
+    inverse_scale = torch.where(scale > 0, scale.reciprocal(), 0.0)
+    unit = matrix * inverse_scale[:, None] * inverse_scale
+    scaled_rhs = rhs * inverse_scale[:, None]
+    cutoff = n * torch.finfo(matrix.dtype).eps
+
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    # The smallest squared pivot bounds the smallest eigenvalue from above; the factor n leaves room.
+    if not failed and factor.diagonal().square().min() > n * cutoff:
+        solution = torch.cholesky_solve(scaled_rhs, factor)
+    else:
+        values, vectors = torch.linalg.eigh(unit)
+        kept = values > cutoff * values[-1].clamp_min(1e-300)
+        inverse = torch.where(kept, values.reciprocal(), 0.0)
+        solution = vectors @ (inverse[:, None] * (vectors.T @ scaled_rhs))
+    return solution * inverse_scale[:, None]
+
+
+def top_indices(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` largest entries' indices along the last axis, ascending; ties go to the lower index."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values

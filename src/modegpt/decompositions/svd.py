@@ -1,0 +1,60 @@
+"""Type III (value-output): singular value decomposition. Paper: Algorithm 3, Theorem 3, appendix B.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SVDDecomposition:
+    """Thinner value and output maps of the heads that share one value head."""
+
+    value: torch.Tensor
+    """W_v': (d, k) float64."""
+    output: torch.Tensor
+    """W_o' of each head of the group: (g, k, d) float64."""
+    error: float
+    """sum over the group's heads of ||X W_v W_o - X W_v' W_o'||_F^2 over the calibration tokens, exactly."""
+    norm: float
+    """sum over the group's heads of ||X W_v W_o||_F^2."""
+
+
+def svd_decomposition(
+    gram: torch.Tensor, value: torch.Tensor, output: torch.Tensor, rank: int
+) -> SVDDecomposition:
+    """Best rank-k factors of X W_v W_o: two thin SVDs for one head, the first alone for a group.
+
+    ``gram`` is C = X^T X (d, d) of the attention block's input, ``value`` W_v (d, h), ``output`` W_o (g, h, d) of
+    the g heads that share W_v; all float64. One head (Algorithm 3):
+
+        C^(1/2) W_v = U S V^T,  S V^T W_o = U' S' V'^T,  W_v' = C^(-1/2) U U'_k,  W_o' = S'_k V'_k^T
+
+    Several heads (appendix B.1): W_v' = C^(-1/2) U_k,  W_o,j' = S_k V_k^T W_o,j.
+
+    No root of C is formed: W_v^T C W_v = V S^2 V^T is head-sized, and C^(-1/2) U = W_v V S^-1 (on the range
+    of C, which is all the calibration data can see). Directions the data do not excite, below
+    ``sqrt(h eps)`` of the largest singular value, are zero. Full rank returns the weights as they are.
+    """
+    if rank == value.shape[1]:
+        norm = float(((value.T @ gram @ value) @ output * output).sum())
+        return SVDDecomposition(value.clone(), output.clone(), error=0.0, norm=norm)
+    squared, basis = torch.linalg.eigh(value.T @ gram @ value)  # ascending
+    squared, basis = squared.flip(0), basis.flip(1)
+    cutoff = value.shape[1] * torch.finfo(value.dtype).eps * squared[0].clamp_min(0)
+    alive = squared > cutoff
+    singular = torch.where(alive, squared, 0.0).sqrt()  # S
+    inverse = torch.where(alive, singular.reciprocal(), 0.0)  # S^-1 on the excited directions
+    whiten = value @ (basis * inverse)  # C^(-1/2) U
+    mixed = (singular[:, None] * basis.T) @ output  # S V^T W_o,j: (g, h, d)
+    norm = float(mixed.square().sum())
+    if output.shape[0] > 1:
+        return SVDDecomposition(
+            whiten[:, :rank], mixed[:, :rank], error=float(mixed[:, rank:].square().sum()), norm=norm
+        )
+    left, second, right = torch.linalg.svd(mixed[0], full_matrices=False)  # U', S', V'^T
+    thin_output = second[:rank, None] * right[:rank]
+    return SVDDecomposition(
+        whiten @ left[:, :rank], thin_output[None], error=float(second[rank:].square().sum()), norm=norm
+    )

@@ -1,0 +1,371 @@
+"""The layer-by-layer engine: token windows in, a compressed model out.
+
+For every decoder layer in turn: run the calibration windows through the dense layer and gather its
+statistics, solve its modules, write the compressed layer, and pass on the layer's outputs. One layer
+is live at a time; everything else of the model's forward (masks, positions, embeddings) is the stock
+model's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .allocation import allocate
+from .budget import (
+    LayerGeometry,
+    LayerRanks,
+    Module,
+    average_sparsity,
+    layer_geometry,
+    ranks_from_sparsity,
+)
+from .config import CompressionConfig
+from .data import TokenWindows
+from .errors import NumericalError
+from .methods import METHODS, Method, Solution
+from .modeling import FAMILIES, CompressedFamily
+from .progress import Progress
+from .statistics import LayerStatistics, StatisticsCollector, observable
+from .weights import LayerWeights, assign, layer_tensors, read_layer, share
+
+
+@dataclass(frozen=True)
+class ModuleResult:
+    """What happened to one module: its rank, its relative output error, and what was kept (None if mixed)."""
+
+    rank: int
+    full: int
+    relative_error: float
+    kept: list[int] | list[list[int]] | None
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What happened to one decoder layer."""
+
+    sparsity: Mapping[Module, float]
+    modules: Mapping[Module, ModuleResult]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A compressed model and how it came about."""
+
+    model: PreTrainedModel
+    layers: list[LayerResult]
+    scores: list[list[float]] | None
+    """Block-influence scores per layer (one, or attention and MLP), where the allocation used them."""
+    temperature: float | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Stop(BaseException):
+    """Carries a layer's output out of the model's forward."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        self.output = output
+
+
+class LayerRunner:
+    """Runs single decoder layers inside the stock model's own forward.
+
+    Every layer but the live one passes its input through, the live one gets the cached hidden states
+    in place of its input, and the forward ends with it. So each layer sees exactly the mask, positions
+    and other arguments its family's code gives it, and no family's forward is written again here.
+    """
+
+    def __init__(self, base: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
+        self._base = base
+        self._layers = layers
+        self._live = -1
+        self._hidden: torch.Tensor | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[LayerRunner]:
+        """Take over the layers' forward within this context."""
+        for index, layer in enumerate(self._layers):
+            layer.forward = self._replacement(index, layer.forward)  # type: ignore[method-assign]
+        try:
+            yield self
+        finally:
+            for layer in self._layers:
+                del layer.forward
+
+    @torch.no_grad()
+    def run(self, index: int, batch: TokenWindows, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input and output (B, T, d) of layer ``index``; ``hidden`` None means the embeddings of ``batch``."""
+        device = next(self._layers[index].parameters()).device
+        self._live, self._hidden = index, None if hidden is None else hidden.to(device)
+        mask = None if batch.mask is None else batch.mask.to(device)
+        try:
+            self._base(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False)
+        except _Stop as stop:
+            assert self._hidden is not None
+            return self._hidden, stop.output
+        finally:
+            self._live, self._hidden = -1, None
+        raise AssertionError("the live layer was never called")
+
+    def _replacement(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if index != self._live:
+                return hidden_states
+            if self._hidden is None:
+                self._hidden = hidden_states
+            output = original(self._hidden, *args, **kwargs)
+            raise _Stop(output[0] if isinstance(output, tuple) else output)
+
+        return forward
+
+
+def family_of(model: PreTrainedModel) -> CompressedFamily:
+    """The description of a stock model's family."""
+    return FAMILIES[model.config.model_type]
+
+
+def decoder_layers(model: PreTrainedModel, family: CompressedFamily) -> list[nn.Module]:
+    """The decoder layers of a causal language model."""
+    return list(model.base_model.get_submodule(family.description.layers))  # type: ignore[arg-type]
+
+
+def model_geometry(model: PreTrainedModel) -> list[LayerGeometry]:
+    """Parameter counts of every decoder layer of a stock model (which may be on the meta device)."""
+    family = family_of(model)
+    return [layer_geometry(layer, model.config, family.description) for layer in decoder_layers(model, family)]
+
+
+def compress_model(
+    model: PreTrainedModel, windows: TokenWindows, config: CompressionConfig, progress: Progress | None = None
+) -> Compression:
+    """Compress a stock causal language model with calibration ``windows``; the model itself is not changed."""
+    engine = Engine(model, windows, config.batch_size, progress or Progress())
+    with engine.active():
+        ranks, sparsity, scores, temperature = engine.choose_ranks(config)
+        method = METHODS[config.method](config.ridge)
+        compressed, layers = engine.compress(method, ranks, sequential=config.statistics == "sequential")
+    results = [LayerResult(shares, modules) for shares, modules in zip(sparsity, layers, strict=True)]
+    return Compression(compressed, results, scores, temperature, dict(engine.progress.seconds))
+
+
+class Engine:
+    """One run over a stock model: scores, ranks, then the layer loop. Use within :meth:`active`."""
+
+    def __init__(
+        self, model: PreTrainedModel, windows: TokenWindows, batch_size: int, progress: Progress | None = None
+    ) -> None:
+        self.model = model
+        self.progress = progress or Progress()
+        self.family = family_of(model)
+        self.layers = decoder_layers(model, self.family)
+        self._attention = model.config._attn_implementation
+        self._batches = list(windows.batches(batch_size))
+        self._runner = LayerRunner(model.base_model, self.layers)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Prepare the model for single-layer runs; it is as before afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with observable(self.model), self._runner.active():
+                yield
+        finally:
+            self.model.train(training)
+
+    def choose_ranks(
+        self, config: CompressionConfig
+    ) -> tuple[list[LayerRanks], list[dict[Module, float]], list[list[float]] | None, float | None]:
+        """Ranks and sparsities of every layer, with the scores and temperature that led to them."""
+        geometry = model_geometry(self.model)
+        average = average_sparsity(geometry, config.modules, config.ratio)
+        if config.allocation == "uniform":
+            sparsity = [dict.fromkeys(config.modules, average) for _ in geometry]
+            return ranks_from_sparsity(geometry, sparsity, config.align), sparsity, None, None
+
+        scores = self.block_influence()
+        if config.allocation == "block-influence":
+            blocks: list[tuple[Module, ...]] = [config.modules]
+            used = [[whole] for whole, _, _ in scores]
+        else:
+            parts: tuple[tuple[Module, ...], ...] = (("qk", "vo"), ("mlp",))
+            chosen = [
+                (number, tuple(module for module in part if module in config.modules))
+                for number, part in enumerate(parts, start=1)
+            ]
+            blocks = [part for _, part in chosen if part]
+            used = [[score[number] for number, part in chosen if part] for score in scores]
+
+        weights = [
+            float(sum(layer.modules[module].parameters for module in block)) for layer in geometry for block in blocks
+        ]
+        temperature = None if config.temperature == "auto" else config.temperature
+        shares, temperature = allocate([score for row in used for score in row], weights, average, temperature)
+        per_layer = [shares[start : start + len(blocks)] for start in range(0, len(shares), len(blocks))]
+        sparsity = [
+            {module: share for block, share in zip(blocks, row, strict=True) for module in block} for row in per_layer
+        ]
+        return ranks_from_sparsity(geometry, sparsity, config.align), sparsity, used, temperature
+
+    def block_influence(self) -> list[tuple[float, float, float]]:
+        """1 - E[cos(input, output)] of every dense layer: of the whole, of its attention and of its MLP.
+
+        ShortGPT's block influence over all real calibration tokens (paper, section 3.3 and B.11).
+        """
+        scores = []
+        with self.progress.phase("scores", len(self.layers)):
+            hidden: list[torch.Tensor | None] = [None] * len(self._batches)
+            for index, layer in enumerate(self.layers):
+                self.progress.detail("block influence")
+                totals, tokens = torch.zeros(3, dtype=torch.float64), 0
+                middle = _InputCapture(layer.get_submodule(self.family.description.middle))
+                with middle.attached():
+                    for number, batch in enumerate(self._batches):
+                        entering, leaving = self._runner.run(index, batch, hidden[number])
+                        hidden[number] = _checked(leaving, index).cpu()
+                        stages = [_real(x, batch) for x in (entering, middle.value, leaving)]
+                        for slot, (start, end) in enumerate(((0, 2), (0, 1), (1, 2))):
+                            similarity = nn.functional.cosine_similarity(stages[start], stages[end], dim=-1)
+                            totals[slot] += (1 - similarity.double()).sum().cpu()
+                        tokens += len(stages[0])
+                whole, attention, mlp = (totals / tokens).tolist()
+                scores.append((whole, attention, mlp))
+                self.progress.advance()
+        return scores
+
+    def compress(
+        self, method: Method, ranks: Sequence[LayerRanks], *, sequential: bool
+    ) -> tuple[PreTrainedModel, list[dict[Module, ModuleResult]]]:
+        """The layer loop: gather, solve, write, pass on. Returns the compressed model and each layer's results."""
+        compressed = self._skeleton(ranks)
+        thin_layers = decoder_layers(compressed, self.family)
+        thin_runner = LayerRunner(compressed.base_model, thin_layers)
+        results = []
+        hidden: list[torch.Tensor | None] = [None] * len(self._batches)
+        with self.progress.phase("compress", len(self.layers)), thin_runner.active():
+            for index, (layer, thin, rank) in enumerate(zip(self.layers, thin_layers, ranks, strict=True)):
+                self.progress.detail("calibrating")
+                collector = StatisticsCollector(layer, self.family.description, self.model.config.num_key_value_heads)
+                outputs = self._calibrate(index, collector, hidden)
+                statistics = collector.result()
+                if not statistics.is_finite():
+                    raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
+                weights, modules = self._solve(method, layer, statistics, rank)
+                assign(thin, weights, like=layer)
+                results.append(modules)
+                if not sequential:
+                    hidden = outputs
+                elif index + 1 < len(self.layers):
+                    self.progress.detail("passing on")
+                    hidden = [
+                        _checked(thin_runner.run(index, batch, state)[1], index).cpu()
+                        for batch, state in zip(self._batches, hidden, strict=True)
+                    ]
+                self.progress.advance()
+        return compressed, results
+
+    def _calibrate(
+        self, index: int, collector: StatisticsCollector, hidden: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Run every batch through dense layer ``index``, gathering statistics; returns the dense outputs."""
+        outputs: list[torch.Tensor | None] = []
+        with collector.attached():
+            for batch, state in zip(self._batches, hidden, strict=True):
+                collector.next_batch(batch.mask, batch.tokens)
+                outputs.append(_checked(self._runner.run(index, batch, state)[1], index).cpu())
+        return outputs
+
+    def _solve(
+        self, method: Method, layer: nn.Module, statistics: LayerStatistics, rank: LayerRanks
+    ) -> tuple[dict[str, torch.Tensor], dict[Module, ModuleResult]]:
+        """Compress one layer's modules; returns the compressed layer's tensors and the results."""
+        config = self.model.config
+        description = self.family.description
+        weights = read_layer(layer, description, config.num_key_value_heads, config.num_attention_heads)
+        self.progress.detail("solving mlp")
+        mlp = method.mlp(weights.mlp, statistics, rank.mlp)
+        self.progress.detail("solving query-key")
+        query_key = method.query_key(weights.query_key, statistics, rank.qk)
+        self.progress.detail("solving value-output")
+        value_output = method.value_output(weights.value_output, statistics, rank.vo)
+
+        assert query_key.kept is not None
+        tensors = layer_tensors(
+            LayerWeights(mlp.weights, query_key.weights, value_output.weights), query_key.kept, description
+        )
+        head_dim = weights.query_key.key.shape[-1]
+        return tensors, {
+            "mlp": _result(mlp, rank.mlp, len(weights.mlp.output)),
+            "qk": _result(query_key, rank.qk, head_dim // 2),
+            "vo": _result(value_output, rank.vo, weights.value_output.value.shape[-1]),
+        }
+
+    def _skeleton(self, ranks: Sequence[LayerRanks]) -> PreTrainedModel:
+        """The compressed model with everything but its decoder layers, which stay on the meta device."""
+        config = self.compressed_config(ranks)
+        with torch.device("meta"):
+            compressed = self.family.causal_lm(config)
+        prefix = f"{self.model.base_model_prefix}.{self.family.description.layers}."
+        share(compressed, self.model, outside=prefix)
+        compressed.tie_weights()
+        compressed.generation_config = self.model.generation_config
+        compressed.set_attn_implementation(self._attention)
+        return compressed.eval()
+
+    def compressed_config(self, ranks: Sequence[LayerRanks]) -> Any:
+        """The compressed model's config: the dense one's values, its own model type, and the widths per layer."""
+        values = self.model.config.to_dict()
+        for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
+            values.pop(key, None)
+        per_layer = {index: rank.sizes().to_config() for index, rank in enumerate(ranks)}
+        config = self.family.config(**values, per_layer_config=per_layer)
+        config.architectures = [self.family.causal_lm.__name__]
+        config.auto_map = self.family.auto_map
+        return config
+
+
+class _InputCapture:
+    """Keeps the latest input of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._value: torch.Tensor | None = None
+
+    @property
+    def value(self) -> torch.Tensor:
+        assert self._value is not None
+        return self._value
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._value = args[0]
+
+        handle = self._module.register_forward_pre_hook(capture)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _checked(hidden: torch.Tensor, index: int) -> torch.Tensor:
+    if not hidden.isfinite().all():
+        raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
+    return hidden
+
+
+def _real(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:
+    """The rows (N, d) of real tokens in (B, T, d), in float32."""
+    rows = hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask.to(hidden.device)]
+    return rows.float()
+
+
+def _result(solution: Solution[Any], rank: int, full: int) -> ModuleResult:
+    kept = None if solution.kept is None else solution.kept.tolist()
+    return ModuleResult(rank, full, solution.relative_error, kept)

@@ -1,0 +1,58 @@
+"""Perplexity and text generation, the same for dense and compressed models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import TokenWindows
+from .errors import NumericalError
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: TokenWindows, batch_size: int = 1) -> float:
+    """exp of the mean negative log-likelihood of every predicted real token; each window starts without context."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    total, count = 0.0, 0
+    for batch in windows.batches(batch_size):
+        ids = batch.ids.to(device)
+        mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(device)
+        logits = model(input_ids=ids, attention_mask=None if batch.mask is None else mask, use_cache=False).logits
+        predicted = mask[:, 1:] & mask[:, :-1]
+        loss = nn.functional.cross_entropy(logits[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
+        total += float(loss)
+        count += int(predicted.sum())
+    if not math.isfinite(total):
+        raise NumericalError("the model's loss is NaN or infinite")
+    return math.exp(min(total / count, 700.0))  # exp overflows a float beyond 709
+
+
+@torch.no_grad()
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+) -> str:
+    """Greedy continuation of ``prompt``, without the prompt; ``chat`` puts it in the tokenizer's chat template."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(device)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    output = model.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

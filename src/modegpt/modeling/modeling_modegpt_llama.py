@@ -1,0 +1,35 @@
+"""Compressed Llama-type decoders (Llama 1 to 3.x, SmolLM, TinyLlama, Yi, ...)."""
+
+from __future__ import annotations
+
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+
+from .modeling_modegpt import CompactAttention, CompactModel, Family
+
+FAMILY = Family()
+
+
+class ModeGPTLlamaConfig(LlamaConfig):
+    """A Llama config whose ``per_layer_config`` gives each layer's compressed widths."""
+
+    model_type = "modegpt_llama"
+
+
+class ModeGPTLlamaModel(CompactModel, LlamaModel):
+    """The decoder without its head."""
+
+    config_class = ModeGPTLlamaConfig
+    family = FAMILY
+    _can_record_outputs = {**LlamaModel._can_record_outputs, "attentions": CompactAttention}
+
+
+class ModeGPTLlamaForCausalLM(CompactModel, LlamaForCausalLM):
+    """The decoder with its language-model head."""
+
+    config_class = ModeGPTLlamaConfig
+    family = FAMILY
+    _can_record_outputs = ModeGPTLlamaModel._can_record_outputs
+
+
+__all__ = ["ModeGPTLlamaConfig", "ModeGPTLlamaForCausalLM", "ModeGPTLlamaModel"]
