@@ -78,7 +78,7 @@ def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -
         f"{family.attention}.{name}" for name in (family.query, family.key, family.value, family.output)
     )
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    head_dim = layer.get_submodule(key).out_features // groups  # type: ignore[operator]
+    head_dim = layer.get_submodule(key).out_features // groups
     return LayerGeometry(
         {
             "mlp": ModuleGeometry(
@@ -101,10 +101,10 @@ def average_sparsity(layers: Sequence[LayerGeometry], modules: Sequence[Module],
     selected = sum(layer.modules[module].parameters for layer in layers for module in modules)
     smallest = sum(layer.modules[module].unit_parameters for layer in layers for module in modules)
     if ratio * blocks > selected - smallest:
+        largest = math.floor(1000 * (selected - smallest) / blocks) / 1000
         raise InvalidRequest(
             f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)}: they hold {selected / blocks:.1%} "
-            f"of the decoder blocks' parameters; use at most {math.floor(1000 * (selected - smallest) / blocks) / 1000:g}"
-            " or more modules"
+            f"of the decoder blocks' parameters; use at most {largest:g} or more modules"
         )
     return ratio * blocks / selected
 

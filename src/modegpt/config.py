@@ -1,14 +1,17 @@
-"""The one validated description of a compression run. Field descriptions are the command line's help texts."""
+"""The validated description of a compression. Field descriptions are the command line's help texts."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing_extensions import Self
 
 from .budget import MODULES, Module
 from .errors import InvalidRequest
 from .methods import METHODS
+from .sources import Dtype, usable_device
 
 Allocation = Literal["uniform", "block-influence", "block-influence-split"]
 Statistics = Literal["sequential", "dense"]
@@ -71,12 +74,14 @@ class CompressionConfig(BaseModel):
         if isinstance(value, (tuple, list)):
             unknown = [part for part in value if part not in MODULES]
             if unknown or not value:
-                raise ValueError(f"unknown module {', '.join(map(repr, unknown)) or '(none)'}; use {', '.join(MODULES)}")
+                raise ValueError(
+                    f"unknown module {', '.join(map(repr, unknown)) or '(none)'}; use {', '.join(MODULES)}"
+                )
             return tuple(module for module in MODULES if module in value)
         return value
 
     @classmethod
-    def validated(cls, **values: object) -> CompressionConfig:
+    def validated(cls, **values: Any) -> Self:
         """Build a config, turning pydantic's report into one :class:`InvalidRequest` line."""
         try:
             return cls.model_validate(values)
@@ -85,3 +90,32 @@ class CompressionConfig(BaseModel):
             option = "--" + str(problem["loc"][0]).replace("_", "-")
             message = problem["msg"].removeprefix("Value error, ")
             raise InvalidRequest(f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}") from error
+
+
+class RunConfig(CompressionConfig):
+    """A compression from a model's address to a checkpoint directory."""
+
+    model: str = Field(description="A hub id, a local Hugging Face directory, or a .gguf file (which is dequantised).")
+    output: Path = Field(description="Directory for the compressed checkpoint.")
+    calibration: str = Field(
+        "wikitext2",
+        description="Calibration text: 'wikitext2', 'ptb' or 'alpaca' from the hub; a .txt, .txt.gz, .jsonl or "
+        ".parquet file; or 'self', text sampled from the model.",
+    )
+    evaluate: str = Field(
+        "held-out",
+        description="Text for perplexity before and after: 'held-out' (the data set's test split, or the last tenth "
+        "of a file, never calibrated on), another data set or file, or 'none'.",
+    )
+    evaluation_samples: Annotated[int, Field(ge=1)] = Field(8, description="Windows to evaluate on, from the start.")
+    dtype: Dtype = Field(
+        "auto", description="Weight dtype: auto (the checkpoint's; float32 for GGUF), float32, bfloat16 or float16."
+    )
+    device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, ...")
+    overwrite: bool = Field(False, description="Replace an earlier compressed checkpoint in the output directory.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the MODEL. Off by default.")
+
+    @field_validator("device")
+    @classmethod
+    def _usable_device(cls, value: str) -> str:
+        return usable_device(value)

@@ -145,7 +145,7 @@ def sample_from_model(
     model: PreTrainedModel, start_token: int, count: int, length: int, seed: int, batch_size: int
 ) -> TokenWindows:
     """``count`` windows of ``length`` tokens sampled from ``model`` itself at temperature 1 after ``start_token``."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    device = model.device
     rows = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -217,4 +217,6 @@ def row_text(row: Any) -> str:
         if "instruction" in row and "output" in row:
             given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
             return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
-    raise InvalidRequest(f"a record needs a 'text', 'sentence' or 'content' field, or Alpaca's fields: {str(row)[:80]!r}")
+    raise InvalidRequest(
+        f"a record needs a 'text', 'sentence' or 'content' field, or Alpaca's fields: {str(row)[:80]!r}"
+    )

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .allocation import allocate
 from .budget import (
+    MODULES,
     LayerGeometry,
     LayerRanks,
     Module,
@@ -55,15 +56,25 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How much every layer keeps, and why."""
+
+    ranks: list[LayerRanks]
+    sparsity: list[dict[Module, float]]
+    scores: list[list[float]] | None = None
+    """Block-influence scores per layer (one, or attention and MLP), where the allocation used them."""
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
 class Compression:
     """A compressed model and how it came about."""
 
     model: PreTrainedModel
     layers: list[LayerResult]
-    scores: list[list[float]] | None
-    """Block-influence scores per layer (one, or attention and MLP), where the allocation used them."""
-    temperature: float | None
+    choice: Choice
     seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock time by phase."""
 
 
 class _Stop(BaseException):
@@ -91,7 +102,7 @@ class LayerRunner:
     def active(self) -> Iterator[LayerRunner]:
         """Take over the layers' forward within this context."""
         for index, layer in enumerate(self._layers):
-            layer.forward = self._replacement(index, layer.forward)  # type: ignore[method-assign]
+            layer.forward = self._replacement(index, layer.forward)
         try:
             yield self
         finally:
@@ -130,9 +141,18 @@ def family_of(model: PreTrainedModel) -> CompressedFamily:
     return FAMILIES[model.config.model_type]
 
 
+def base_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder without its head."""
+    base = model.base_model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
 def decoder_layers(model: PreTrainedModel, family: CompressedFamily) -> list[nn.Module]:
     """The decoder layers of a causal language model."""
-    return list(model.base_model.get_submodule(family.description.layers))  # type: ignore[arg-type]
+    layers = base_model(model).get_submodule(family.description.layers)
+    assert isinstance(layers, nn.ModuleList)
+    return list(layers)
 
 
 def model_geometry(model: PreTrainedModel) -> list[LayerGeometry]:
@@ -147,11 +167,10 @@ def compress_model(
     """Compress a stock causal language model with calibration ``windows``; the model itself is not changed."""
     engine = Engine(model, windows, config.batch_size, progress or Progress())
     with engine.active():
-        ranks, sparsity, scores, temperature = engine.choose_ranks(config)
-        method = METHODS[config.method](config.ridge)
-        compressed, layers = engine.compress(method, ranks, sequential=config.statistics == "sequential")
-    results = [LayerResult(shares, modules) for shares, modules in zip(sparsity, layers, strict=True)]
-    return Compression(compressed, results, scores, temperature, dict(engine.progress.seconds))
+        choice = engine.choose_ranks(config)
+        return engine.compress(
+            METHODS[config.method](config.ridge), choice, sequential=config.statistics == "sequential"
+        )
 
 
 class Engine:
@@ -166,7 +185,7 @@ class Engine:
         self.layers = decoder_layers(model, self.family)
         self._attention = model.config._attn_implementation
         self._batches = list(windows.batches(batch_size))
-        self._runner = LayerRunner(model.base_model, self.layers)
+        self._runner = LayerRunner(base_model(model), self.layers)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -180,38 +199,33 @@ class Engine:
             self.model.train(training)
 
     def choose_ranks(
-        self, config: CompressionConfig
-    ) -> tuple[list[LayerRanks], list[dict[Module, float]], list[list[float]] | None, float | None]:
-        """Ranks and sparsities of every layer, with the scores and temperature that led to them."""
+        self, config: CompressionConfig, influence: Sequence[tuple[float, float, float]] | None = None
+    ) -> Choice:
+        """Decide how much every layer keeps. ``influence`` spares the pass that :meth:`block_influence` takes."""
         geometry = model_geometry(self.model)
         average = average_sparsity(geometry, config.modules, config.ratio)
         if config.allocation == "uniform":
-            sparsity = [dict.fromkeys(config.modules, average) for _ in geometry]
-            return ranks_from_sparsity(geometry, sparsity, config.align), sparsity, None, None
+            uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
+            return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)
 
-        scores = self.block_influence()
-        if config.allocation == "block-influence":
-            blocks: list[tuple[Module, ...]] = [config.modules]
-            used = [[whole] for whole, _, _ in scores]
-        else:
-            parts: tuple[tuple[Module, ...], ...] = (("qk", "vo"), ("mlp",))
-            chosen = [
-                (number, tuple(module for module in part if module in config.modules))
-                for number, part in enumerate(parts, start=1)
-            ]
-            blocks = [part for _, part in chosen if part]
-            used = [[score[number] for number, part in chosen if part] for score in scores]
+        influence = influence or self.block_influence()
+        # Which of a layer's three scores speaks for which modules.
+        parts: list[tuple[int, tuple[Module, ...]]] = [(0, MODULES)]
+        if config.allocation == "block-influence-split":
+            parts = [(1, ("qk", "vo")), (2, ("mlp",))]
+        chosen = [(slot, [module for module in part if module in config.modules]) for slot, part in parts]
+        chosen = [(slot, part) for slot, part in chosen if part]
+        scores = [[row[slot] for slot, _ in chosen] for row in influence]
+        weights = [sum(layer.modules[module].parameters for module in part) for layer in geometry for _, part in chosen]
 
-        weights = [
-            float(sum(layer.modules[module].parameters for module in block)) for layer in geometry for block in blocks
-        ]
         temperature = None if config.temperature == "auto" else config.temperature
-        shares, temperature = allocate([score for row in used for score in row], weights, average, temperature)
-        per_layer = [shares[start : start + len(blocks)] for start in range(0, len(shares), len(blocks))]
+        shares, temperature = allocate([score for row in scores for score in row], weights, average, temperature)
+        remaining = iter(shares)
         sparsity = [
-            {module: share for block, share in zip(blocks, row, strict=True) for module in block} for row in per_layer
+            {module: share for (_, part), share in zip(chosen, remaining, strict=False) for module in part}
+            for _ in geometry
         ]
-        return ranks_from_sparsity(geometry, sparsity, config.align), sparsity, used, temperature
+        return Choice(ranks_from_sparsity(geometry, sparsity, config.align), sparsity, scores, temperature)
 
     def block_influence(self) -> list[tuple[float, float, float]]:
         """1 - E[cos(input, output)] of every dense layer: of the whole, of its attention and of its MLP.
@@ -239,17 +253,15 @@ class Engine:
                 self.progress.advance()
         return scores
 
-    def compress(
-        self, method: Method, ranks: Sequence[LayerRanks], *, sequential: bool
-    ) -> tuple[PreTrainedModel, list[dict[Module, ModuleResult]]]:
-        """The layer loop: gather, solve, write, pass on. Returns the compressed model and each layer's results."""
-        compressed = self._skeleton(ranks)
+    def compress(self, method: Method, choice: Choice, *, sequential: bool) -> Compression:
+        """The layer loop: gather, solve, write, pass on."""
+        compressed = self._skeleton(choice.ranks)
         thin_layers = decoder_layers(compressed, self.family)
-        thin_runner = LayerRunner(compressed.base_model, thin_layers)
+        thin_runner = LayerRunner(base_model(compressed), thin_layers)
         results = []
         hidden: list[torch.Tensor | None] = [None] * len(self._batches)
         with self.progress.phase("compress", len(self.layers)), thin_runner.active():
-            for index, (layer, thin, rank) in enumerate(zip(self.layers, thin_layers, ranks, strict=True)):
+            for index, (layer, thin, rank) in enumerate(zip(self.layers, thin_layers, choice.ranks, strict=True)):
                 self.progress.detail("calibrating")
                 collector = StatisticsCollector(layer, self.family.description, self.model.config.num_key_value_heads)
                 outputs = self._calibrate(index, collector, hidden)
@@ -258,7 +270,7 @@ class Engine:
                     raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
                 weights, modules = self._solve(method, layer, statistics, rank)
                 assign(thin, weights, like=layer)
-                results.append(modules)
+                results.append(LayerResult(choice.sparsity[index], modules))
                 if not sequential:
                     hidden = outputs
                 elif index + 1 < len(self.layers):
@@ -268,7 +280,7 @@ class Engine:
                         for batch, state in zip(self._batches, hidden, strict=True)
                     ]
                 self.progress.advance()
-        return compressed, results
+        return Compression(compressed, results, choice, self.progress.seconds)
 
     def _calibrate(
         self, index: int, collector: StatisticsCollector, hidden: Sequence[torch.Tensor | None]
@@ -316,7 +328,8 @@ class Engine:
         compressed.tie_weights()
         compressed.generation_config = self.model.generation_config
         compressed.set_attn_implementation(self._attention)
-        return compressed.eval()
+        compressed.eval()
+        return compressed
 
     def compressed_config(self, ranks: Sequence[LayerRanks]) -> Any:
         """The compressed model's config: the dense one's values, its own model type, and the widths per layer."""
@@ -324,7 +337,7 @@ class Engine:
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
         per_layer = {index: rank.sizes().to_config() for index, rank in enumerate(ranks)}
-        config = self.family.config(**values, per_layer_config=per_layer)
+        config: Any = self.family.config(**values, per_layer_config=per_layer)  # type: ignore[call-arg]
         config.architectures = [self.family.causal_lm.__name__]
         config.auto_map = self.family.auto_map
         return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +15,11 @@ from .errors import NumericalError
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: TokenWindows, batch_size: int = 1) -> float:
-    """exp of the mean negative log-likelihood of every predicted real token; each window starts without context."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
+    """Exp of the mean negative log-likelihood of every predicted real token; each window starts without context."""
     total, count = 0.0, 0
     for batch in windows.batches(batch_size):
-        ids = batch.ids.to(device)
-        mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(device)
+        ids = batch.ids.to(model.device)
+        mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(model.device)
         logits = model(input_ids=ids, attention_mask=None if batch.mask is None else mask, use_cache=False).logits
         predicted = mask[:, 1:] & mask[:, :-1]
         loss = nn.functional.cross_entropy(logits[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
@@ -40,14 +40,14 @@ def generate_text(
     chat: bool = False,
 ) -> str:
     """Greedy continuation of ``prompt``, without the prompt; ``chat`` puts it in the tokenizer's chat template."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(device)
+        )
     else:
-        inputs = tokenizer(prompt, return_tensors="pt").to(device)
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
     output = model.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

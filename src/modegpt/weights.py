@@ -71,7 +71,7 @@ def read_layer(layer: nn.Module, family: Family, groups: int, heads: int) -> Lay
     def linear(path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         module = layer.get_submodule(path)
         bias = module.bias
-        weight = module.weight.detach().double().T  # type: ignore[union-attr, operator]
+        weight = module.weight.detach().double().T  # type: ignore[operator]
         return weight, None if bias is None else bias.detach().double()  # type: ignore[operator]
 
     def attention(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -143,7 +143,7 @@ def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], like: nn.Modu
 
 
 def share(module: nn.Module, source: nn.Module, *, outside: str) -> None:
-    """Let ``module`` use the very parameters and buffers of ``source``, except those whose name begins with ``outside``."""
+    """Let ``module`` use the very parameters and buffers of ``source`` whose name does not begin with ``outside``."""
     for name, tensor in chain(source.named_parameters(remove_duplicate=False), source.named_buffers()):
         if not name.startswith(outside):
             owner, _, leaf = name.rpartition(".")

@@ -43,9 +43,7 @@ def ridge_leverage_scores(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     return 1 - strength * inverse.diagonal()
 
 
-def nystrom_decomposition(
-    gram: torch.Tensor, output: torch.Tensor, rank: int, ridge: float
-) -> NystromDecomposition:
+def nystrom_decomposition(gram: torch.Tensor, output: torch.Tensor, rank: int, ridge: float) -> NystromDecomposition:
     """Keep the ``rank`` channels of largest ridge leverage and re-fit the output map to them.
 
     W_U' = W_U S, W_D' = pinv(S^T C S) S^T C W_D: the least-squares optimum for the given S. It is computed

@@ -21,9 +21,7 @@ class SVDDecomposition:
     """sum over the group's heads of ||X W_v W_o||_F^2."""
 
 
-def svd_decomposition(
-    gram: torch.Tensor, value: torch.Tensor, output: torch.Tensor, rank: int
-) -> SVDDecomposition:
+def svd_decomposition(gram: torch.Tensor, value: torch.Tensor, output: torch.Tensor, rank: int) -> SVDDecomposition:
     """Best rank-k factors of X W_v W_o: two thin SVDs for one head, the first alone for a group.
 
     ``gram`` is C = X^T X (d, d) of the attention block's input, ``value`` W_v (d, h), ``output`` W_o (g, h, d) of

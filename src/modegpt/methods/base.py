@@ -43,9 +43,7 @@ class Method(ABC):
         """Keep ``rank`` intermediate channels."""
 
     @abstractmethod
-    def query_key(
-        self, weights: QueryKeyWeights, statistics: LayerStatistics, rank: int
-    ) -> Solution[QueryKeyWeights]:
+    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics, rank: int) -> Solution[QueryKeyWeights]:
         """Keep ``rank`` rotary pairs per key-value head."""
 
     @abstractmethod

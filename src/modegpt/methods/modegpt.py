@@ -34,9 +34,7 @@ class ModeGPT(Method):
             kept,
         )
 
-    def query_key(
-        self, weights: QueryKeyWeights, statistics: LayerStatistics, rank: int
-    ) -> Solution[QueryKeyWeights]:
+    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics, rank: int) -> Solution[QueryKeyWeights]:
         """Algorithm 2, one selection per key-value head."""
         results = [
             cr_decomposition(query_gram, key_gram, rank)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from . import modeling_modegpt, modeling_modegpt_llama
+from . import modeling_modegpt_llama
 from .modeling_modegpt import CompactAttention, Family, LayerSizes, layer_sizes, stock_config
 
 __all__ = [
@@ -29,12 +28,6 @@ class CompressedFamily:
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
-
-    @property
-    def sources(self) -> list[Path]:
-        """The files that must travel with a checkpoint for ``trust_remote_code``."""
-        own = Path(str(modeling_modegpt.__file__)).with_name(self.config.__module__.rsplit(".", 1)[-1] + ".py")
-        return [Path(str(modeling_modegpt.__file__)), own]
 
     @property
     def auto_map(self) -> dict[str, str]:

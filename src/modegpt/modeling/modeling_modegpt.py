@@ -120,7 +120,7 @@ class CompactAttention(nn.Module):
     #: Used when the attention implementation is "eager"; a family with its own overrides it.
     eager_attention = staticmethod(eager_attention_forward)
 
-    def __init__(self, dense: nn.Module, config: PreTrainedConfig, family: Family, sizes: LayerSizes) -> None:
+    def __init__(self, dense: Any, config: PreTrainedConfig, family: Family, sizes: LayerSizes) -> None:
         """Take over everything but the weights from the stock attention module ``dense``."""
         super().__init__()
         # The model's own config, not a copy: set_attn_implementation changes it in place.
@@ -140,6 +140,7 @@ class CompactAttention(nn.Module):
         self.k_proj = _linear_like(key, out_features=groups * self.qk_head_dim)
         self.v_proj = _linear_like(value, out_features=groups * self.v_head_dim)
         self.o_proj = _linear_like(output, in_features=heads * self.v_head_dim)
+        self.rotary_pairs: torch.Tensor
         # Integers survive a cast of the model to bfloat16; frequencies would not.
         self.register_buffer("rotary_pairs", _first_pairs(groups, self.qk_head_dim // 2, self.q_proj.weight.device))
 
@@ -207,9 +208,7 @@ def _first_pairs(groups: int, pairs: int, device: torch.device) -> torch.Tensor:
     return torch.arange(pairs, device=device).repeat(groups, 1)
 
 
-def _linear_like(
-    linear: nn.Linear, *, in_features: int | None = None, out_features: int | None = None
-) -> nn.Linear:
+def _linear_like(linear: nn.Linear, *, in_features: int | None = None, out_features: int | None = None) -> nn.Linear:
     """An uninitialised linear map like ``linear``, of another width."""
     return nn.Linear(
         linear.in_features if in_features is None else in_features,
@@ -222,7 +221,8 @@ def _linear_like(
 
 def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> None:
     """Replace the modules of a stock base model by ones of the widths ``config`` gives for each layer."""
-    for layer, sizes in zip(base.get_submodule(family.layers), layer_sizes(config), strict=True):
+    layers: Any = base.get_submodule(family.layers)
+    for layer, sizes in zip(layers, layer_sizes(config), strict=True):
         attention = CompactAttention(layer.get_submodule(family.attention), config, family, sizes)
         layer.set_submodule(family.attention, attention)
         for path in family.mlp_inputs:
@@ -253,4 +253,5 @@ class CompactModel:
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, CompactAttention):
-            init.copy_(module.rotary_pairs, _first_pairs(*module.rotary_pairs.shape, module.rotary_pairs.device))
+            groups, pairs = module.rotary_pairs.shape
+            init.copy_(module.rotary_pairs, _first_pairs(groups, pairs, module.rotary_pairs.device))

@@ -32,4 +32,9 @@ class ModeGPTLlamaForCausalLM(CompactModel, LlamaForCausalLM):
     _can_record_outputs = ModeGPTLlamaModel._can_record_outputs
 
 
+# save_pretrained copies these files beside the weights, wherever the model was loaded from.
+ModeGPTLlamaConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
+ModeGPTLlamaModel.register_for_auto_class("AutoModel")  # type: ignore[no-untyped-call]
+ModeGPTLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
+
 __all__ = ["ModeGPTLlamaConfig", "ModeGPTLlamaForCausalLM", "ModeGPTLlamaModel"]

@@ -1,0 +1,6 @@
+"""``python -m modegpt``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

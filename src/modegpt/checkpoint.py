@@ -1,0 +1,136 @@
+"""Compressed checkpoints on disk: written whole or not at all, and checked when read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import CheckpointError, InvalidRequest
+from .model_card import model_card
+from .modeling import CompactAttention, layer_sizes, stock_config
+from .report import REPORT_FILE, CompressionReport
+from .sources import COMPRESSED_TYPES, load_causal_lm
+
+
+def check_output(directory: Path, *, overwrite: bool, inputs: tuple[str, ...] = ()) -> None:
+    """Refuse an output directory that cannot be written, or that holds something that must not be lost."""
+    resolved = directory.resolve()
+    if any(Path(name).exists() and Path(name).resolve() == resolved for name in inputs):
+        raise InvalidRequest(f"--output {str(directory)!r} is the model's own directory; choose another")
+    if directory.exists() and not directory.is_dir():
+        raise InvalidRequest(f"--output {str(directory)!r} is a file; choose a directory")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not overwrite:
+            raise InvalidRequest(f"--output {str(directory)!r} is not empty; choose another or give --overwrite")
+        if not (directory / REPORT_FILE).is_file():
+            raise InvalidRequest(
+                f"--output {str(directory)!r} holds something other than a compressed checkpoint; "
+                "--overwrite replaces only those"
+            )
+    parent = existing_parent(resolved)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InvalidRequest(f"--output {str(directory)!r}: {str(parent)!r} is not writable")
+
+
+def existing_parent(path: Path) -> Path:
+    """The closest directory above ``path`` that exists."""
+    return next(parent for parent in path.resolve().parents if parent.exists())
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    report: CompressionReport | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a compressed model as a Hugging Face directory with its code, tokenizer, report and card.
+
+    Everything is written and synced beside ``directory`` and renamed into place at the end, so that an
+    interrupted save leaves what was there before. ``report`` defaults to the one :func:`modegpt.compress` left on
+    the model. Raises :class:`InvalidRequest` for an unusable directory.
+    """
+    directory = Path(directory)
+    check_output(directory, overwrite=overwrite)
+    report = report or getattr(model, "compression_report", None)
+    with _staged(directory) as staging:
+        model.save_pretrained(staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if report is not None:
+            report.write(staging)
+            (staging / "README.md").write_text(model_card(report))
+
+
+def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Load a compressed checkpoint for inference.
+
+    The same as ``AutoModelForCausalLM.from_pretrained`` after ``import modegpt``, but it trusts nothing:
+    sizes, tensors and kept pairs are checked, and anything missing or left over raises :class:`CheckpointError`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if config.model_type not in COMPRESSED_TYPES:
+            raise CheckpointError(f"model type {config.model_type!r} is not a compressed model's")
+        layer_sizes(config)
+        limit = stock_config(config).head_dim // 2
+        model, info = load_causal_lm(directory, config=config, dtype=dtype, use_safetensors=True)
+        problems = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
+        if problems:
+            raise CheckpointError(f"weights and config disagree: {problems}")
+        for name, module in model.named_modules():
+            if isinstance(module, CompactAttention) and not _valid_pairs(module.rotary_pairs, limit):
+                raise CheckpointError(f"{name}.rotary_pairs are not ascending pairs below {limit}")
+    except Exception as error:  # an untrusted directory can fail anywhere
+        message = " ".join(str(error).split())
+        raise CheckpointError(f"{str(directory)!r} is not a usable compressed checkpoint: {message}") from error
+    model.to(device).eval()  # type: ignore[arg-type]
+    return model
+
+
+def _valid_pairs(pairs: torch.Tensor, limit: int) -> bool:
+    inside = bool((pairs >= 0).all()) and bool((pairs < limit).all())
+    return inside and bool((pairs.diff(dim=-1) > 0).all())
+
+
+@contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A directory beside ``directory`` that takes its place when the block ends well and vanishes when it does not."""
+    target = directory.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)  # mkdtemp makes it private
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+        if target.exists() and any(target.iterdir()):
+            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+            os.rename(target, replaced)
+            os.rename(staging, target)
+            shutil.rmtree(replaced)
+        else:
+            if target.exists():
+                target.rmdir()
+            os.rename(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the operating system put ``path`` on disk (directories cannot be opened everywhere)."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

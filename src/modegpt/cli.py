@@ -1,0 +1,187 @@
+"""The ``modegpt`` command: parses, calls one library function, prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .config import RunConfig
+
+app = typer.Typer(
+    name="modegpt",
+    help="Make causal language models smaller without training.\n\n"
+    "MoDeGPT (ICLR 2025) removes 10 to 50 % of the decoder's parameters with calibration text alone: "
+    "channels of the MLPs, rotary pairs of queries and keys, and dimensions of values. The result is a "
+    "Hugging Face directory.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _help(field: str) -> str:
+    return RunConfig.model_fields[field].description or ""
+
+
+def _default(field: str) -> Any:
+    return RunConfig.model_fields[field].default
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result and errors.")]
+Device = Annotated[str, typer.Option(help=_help("device"))]
+Dtype = Annotated[str, typer.Option(help=_help("dtype"))]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help=_help("trust_remote_code"))]
+_WHAT, _HOW, _TEXT, _RUN = "What to remove", "How to choose it", "Text", "Running"
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help=_help("model"), metavar="MODEL")],
+    ratio: Annotated[float, typer.Option(help=_help("ratio"), rich_help_panel=_WHAT)],
+    output: Annotated[Path, typer.Option("--output", "-o", help=_help("output"), rich_help_panel=_WHAT)],
+    modules: Annotated[str, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = "mlp,qk,vo",
+    align: Annotated[int, typer.Option(help=_help("align"), rich_help_panel=_WHAT)] = _default("align"),
+    method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
+    allocation: Annotated[str, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = _default("allocation"),
+    temperature: Annotated[str, typer.Option(help=_help("temperature"), rich_help_panel=_HOW)] = "auto",
+    statistics: Annotated[str, typer.Option(help=_help("statistics"), rich_help_panel=_HOW)] = _default("statistics"),
+    ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
+    calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = "wikitext2",
+    samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
+    sequence_length: Annotated[int, typer.Option(help=_help("sequence_length"), rich_help_panel=_TEXT)] = 2048,
+    seed: Annotated[int, typer.Option(help=_help("seed"), rich_help_panel=_TEXT)] = _default("seed"),
+    evaluate: Annotated[str, typer.Option(help=_help("evaluate"), rich_help_panel=_TEXT)] = _default("evaluate"),
+    evaluation_samples: Annotated[int, typer.Option(help=_help("evaluation_samples"), rich_help_panel=_TEXT)] = 8,
+    dtype: Annotated[str, typer.Option(help=_help("dtype"), rich_help_panel=_RUN)] = _default("dtype"),
+    device: Annotated[str, typer.Option(help=_help("device"), rich_help_panel=_RUN)] = _default("device"),
+    batch_size: Annotated[int, typer.Option(help=_help("batch_size"), rich_help_panel=_RUN)] = _default("batch_size"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=_help("overwrite"), rich_help_panel=_RUN)] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help=_help("trust_remote_code"), rich_help_panel=_RUN)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=_RUN)] = False,
+) -> None:
+    """Compress MODEL and write a checkpoint.
+
+    Example: **modegpt compress HuggingFaceTB/SmolLM2-135M --ratio 0.3 --output small**
+    """
+    arguments = {name: value for name, value in locals().items() if name != "quiet"}
+    from .console import choose_progress, summary_table
+    from .pipeline import compress_to_directory
+
+    if temperature != "auto":
+        arguments["temperature"] = _number(temperature, "--temperature")
+    progress = choose_progress(Console(stderr=True), quiet)
+    report = compress_to_directory(RunConfig.validated(**arguments), progress)
+    if not quiet:
+        console = Console()
+        console.print(summary_table(report))
+        console.print(f"Checkpoint: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
+    perplexity: Annotated[
+        str, typer.Option(help="Text: wikitext2, ptb, alpaca (their test parts), or a text file.")
+    ] = "wikitext2",
+    samples: Annotated[int | None, typer.Option(help="Windows from the start of the text; all by default.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Windows run at once.")] = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the perplexity of a dense or compressed model.
+
+    exp of the mean negative log-likelihood over consecutive windows, without special tokens.
+    """
+    from .console import choose_progress
+    from .pipeline import evaluate_perplexity
+
+    progress = choose_progress(Console(stderr=True), quiet)
+    value, windows = evaluate_perplexity(
+        model,
+        perplexity,
+        samples=samples,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    details = f"{len(windows)} windows of {windows.ids.shape[1]} tokens"
+    Console().print(f"perplexity {value:.4f} on {perplexity} ({details})", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue PROMPT greedily."""
+    from .evaluation import generate_text
+    from .pipeline import open_model
+
+    loaded, tokenizer = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    text = generate_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    print(text)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.", metavar="DIR")],
+) -> None:
+    """Show what was kept in each layer of a compressed checkpoint, and at what error."""
+    from .console import layer_table, summary_table
+    from .report import CompressionReport
+
+    report = CompressionReport.read(directory)
+    console = Console()
+    console.print(summary_table(report))
+    console.print(layer_table(report))
+    console.print(f"Made by: {report.command}", highlight=False, soft_wrap=True)
+
+
+def _number(text: str, option: str) -> float:
+    from .errors import InvalidRequest
+
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequest(f"{option} {text!r}: use 'auto' or a positive number") from None
+
+
+def main() -> None:
+    """Entry point: one line and exit code 2 for a wrong request, 1 for a failure on the way."""
+    from .errors import InvalidRequest, ModeGPTError
+
+    _calm_libraries()
+    try:
+        app()
+    except ModeGPTError as error:
+        print(f"modegpt: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InvalidRequest) else 1)
+    except KeyboardInterrupt:
+        print("modegpt: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _calm_libraries() -> None:
+    """Our progress is the only one shown."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,152 @@
+"""What a person sees: progress while a run goes on, tables at its end."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from .budget import MODULES
+from .progress import Progress
+from .report import CompressionReport
+
+PHASES = {
+    "text": "Reading text",
+    "load": "Loading the model",
+    "sample": "Sampling text from the model",
+    "scores": "Scoring layers",
+    "compress": "Compressing layers",
+    "evaluate": "Measuring perplexity",
+}
+
+
+def choose_progress(console: Console, quiet: bool) -> Progress:
+    """A live display on a terminal, plain lines elsewhere, nothing when ``quiet``."""
+    if quiet:
+        return Progress()
+    return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+class LiveProgress(Progress):
+    """One line that is rewritten: phase, step, what is being done, time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def detail(self, text: str) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, detail=text)
+
+    def advance(self) -> None:
+        if self._task is not None:
+            self._bar.advance(self._task)
+
+    def _start(self, name: str, steps: int) -> None:
+        self._bar.start()
+        self._task = self._bar.add_task(PHASES.get(name, name), total=steps, detail="")
+
+    def _stop(self) -> None:
+        self._bar.stop()
+
+
+class PlainProgress(Progress):
+    """A line for every finished step, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._name, self._steps, self._done, self._detail = "", 0, 0, ""
+        self._started = 0.0
+
+    def detail(self, text: str) -> None:
+        self._detail = text
+
+    def advance(self) -> None:
+        self._done += 1
+        spent = time.perf_counter() - self._started
+        left = spent / self._done * (self._steps - self._done)
+        self._print(f"{self._name}: {self._done} of {self._steps} ({spent:.0f} s, {left:.0f} s left)")
+
+    def _start(self, name: str, steps: int) -> None:
+        self._name, self._steps, self._done = PHASES.get(name, name), steps, 0
+        self._started = time.perf_counter()
+        self._print(f"{self._name} ...")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def summary_table(report: CompressionReport) -> Table:
+    """The outcome of a compression."""
+    table = Table(title="Compression", show_header=True, title_justify="left")
+    for column in ("", "dense", "compressed", "removed"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("Requested", "", "", f"{report.requested_ratio:.2%}")
+    for name, pair in (("Decoder-block parameters", report.block_parameters), ("All parameters", report.parameters)):
+        table.add_row(name, f"{pair.dense:,.0f}", f"{pair.compressed:,.0f}", f"{pair.removed:.2%}")
+    size = report.bytes
+    table.add_row(
+        f"Weights on disk ({report.dtype})", megabytes(size.dense), megabytes(size.compressed), f"{size.removed:.2%}"
+    )
+    if report.perplexity and report.evaluation:
+        label = f"Perplexity ({report.evaluation.source})"
+        table.add_row(label, f"{report.perplexity.dense:.3f}", f"{report.perplexity.compressed:.3f}", "")
+    table.add_section()
+    for name, seconds in report.seconds.items():
+        table.add_row(f"Time: {PHASES.get(name, name).lower()}", "", f"{seconds:.1f} s", "")
+    table.add_row("Peak memory", "", megabytes(report.peak_memory_bytes), "")
+    if report.peak_device_memory_bytes is not None:
+        table.add_row("Peak device memory", "", megabytes(report.peak_device_memory_bytes), "")
+    return table
+
+
+def layer_table(report: CompressionReport) -> Table:
+    """Per layer and module: kept of full units, and the relative output error."""
+    table = Table(title="Kept units and relative output error per layer", title_justify="left")
+    table.add_column("layer", justify="right")
+    for heading in ("MLP channels", "query-key pairs", "value channels"):
+        table.add_column(heading, justify="right")
+        table.add_column("error", justify="right")
+    for index, layer in enumerate(report.layers):
+        cells = []
+        for module in MODULES:
+            facts = layer.modules[module]
+            share = facts.rank / facts.full
+            cells += [
+                f"{facts.rank} / {facts.full}  {share:4.0%}",
+                f"[{_colour(facts.relative_error)}]{facts.relative_error:.3f}",
+            ]
+        table.add_row(str(index), *cells)
+    return table
+
+
+def _colour(error: float) -> str:
+    return "green" if error < 0.1 else "yellow" if error < 0.3 else "red"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in decimal megabytes."""
+    return f"{count / 1e6:,.1f} MB"

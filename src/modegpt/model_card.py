@@ -1,0 +1,53 @@
+"""The README of a compressed checkpoint, made from its report."""
+
+from __future__ import annotations
+
+from .report import CompressionReport
+
+
+def model_card(report: CompressionReport) -> str:
+    """Markdown with the facts of ``report``, how to load the model, and how to repeat the compression."""
+    rows = [
+        ("Compressed from", f"`{report.source}`"),
+        ("Method", f"{report.options['method']}, allocation {report.options['allocation']}"),
+        ("Decoder-block parameters removed", f"{report.block_parameters.removed:.1%}"),
+        ("All parameters removed", f"{report.parameters.removed:.1%} ({report.parameters.compressed:,.0f} left)"),
+        ("Weights", f"{report.dtype}, {report.bytes.compressed / 1e6:,.1f} MB"),
+        ("Calibration", f"{report.calibration.source}, {report.calibration.tokens:,} tokens"),
+    ]
+    if report.perplexity and report.evaluation:
+        change = f"{report.perplexity.dense:.2f} dense, {report.perplexity.compressed:.2f} compressed"
+        rows.append((f"Perplexity ({report.evaluation.source})", change))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- modegpt
+- compressed
+---
+
+# Compressed with modegpt
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+import modegpt
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+```
+
+Without modegpt installed, pass `trust_remote_code=True`: the modeling files are in this directory.
+`compression.json` holds every rank, kept index and error, the versions and the hash of the calibration tokens.
+
+## Made by
+
+```
+{report.command}
+```
+"""

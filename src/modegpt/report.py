@@ -1,0 +1,203 @@
+"""The facts of one compression, as ``compression.json`` keeps them beside the weights."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+from transformers import PreTrainedModel
+
+from .budget import Module
+from .config import CompressionConfig
+from .data import TokenWindows
+from .engine import Compression, LayerResult, family_of
+from .errors import CheckpointError
+
+REPORT_FILE = "compression.json"
+_PACKAGES = ("modegpt", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextFacts(_Facts):
+    """Which tokens were used."""
+
+    source: str
+    windows: int
+    tokens: int
+    sha256: str
+
+    @classmethod
+    def of(cls, source: str, windows: TokenWindows) -> TextFacts:
+        """Describe ``windows`` that came from ``source``."""
+        return cls(source=source, windows=len(windows), tokens=windows.tokens, sha256=windows.sha256())
+
+
+class Pair(_Facts):
+    """The same quantity of the dense and the compressed model."""
+
+    dense: float
+    compressed: float
+
+    @property
+    def removed(self) -> float:
+        """The share that is gone."""
+        return 1 - self.compressed / self.dense
+
+
+class ModuleFacts(_Facts):
+    """One compressed module: ``rank`` of ``full`` units, its relative output error, and what was kept."""
+
+    rank: int
+    full: int
+    relative_error: float
+    kept: list[int] | list[list[int]] | None
+
+
+class LayerFacts(_Facts):
+    """One decoder layer."""
+
+    sparsity: dict[Module, float]
+    scores: list[float] | None
+    modules: dict[Module, ModuleFacts]
+
+
+class CompressionReport(_Facts):
+    """Everything needed to judge a compression and to repeat it."""
+
+    format: int = 1
+    command: str
+    versions: dict[str, str]
+    source: str
+    dtype: str
+    options: dict[str, Any]
+    calibration: TextFacts
+    evaluation: TextFacts | None
+    perplexity: Pair | None
+    requested_ratio: float
+    block_parameters: Pair
+    parameters: Pair
+    bytes: Pair
+    temperature: float | None
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
+    layers: list[LayerFacts]
+
+    def write(self, directory: Path) -> None:
+        """Write ``compression.json`` into ``directory``."""
+        (directory / REPORT_FILE).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> CompressionReport:
+        """Read and validate the report in ``directory``; raises :class:`CheckpointError`."""
+        path = directory / REPORT_FILE
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the file"
+            raise CheckpointError(f"{path} is not a compression report: {where}: {problem['msg']}") from error
+
+
+def build_report(
+    dense: PreTrainedModel,
+    result: Compression,
+    config: CompressionConfig,
+    calibration: TextFacts,
+    *,
+    source: str | None = None,
+    evaluation: TextFacts | None = None,
+    perplexity: Pair | None = None,
+) -> CompressionReport:
+    """Gather the facts of a compression of ``dense`` that gave ``result``."""
+    layers = family_of(dense).description.layers
+    models = (dense, result.model)
+    blocks = [_parameters(model.base_model.get_submodule(layers)) for model in models]
+    everything = [_parameters(model) for model in models]
+    stored = [_stored_bytes(model) for model in models]
+    return CompressionReport(
+        command=command_line(),
+        versions=versions(),
+        source=source or dense.name_or_path or type(dense).__name__,
+        dtype=str(dense.dtype).removeprefix("torch."),
+        options=config.model_dump(mode="json"),
+        calibration=calibration,
+        evaluation=evaluation,
+        perplexity=perplexity,
+        requested_ratio=config.ratio,
+        block_parameters=Pair(dense=blocks[0], compressed=blocks[1]),
+        parameters=Pair(dense=everything[0], compressed=everything[1]),
+        bytes=Pair(dense=stored[0], compressed=stored[1]),
+        temperature=result.choice.temperature,
+        seconds=result.seconds,
+        peak_memory_bytes=peak_memory(),
+        peak_device_memory_bytes=peak_device_memory(dense.device),
+        layers=_layer_facts(result.layers, result.choice.scores),
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stored_bytes(model: nn.Module) -> int:
+    """What the weights take in safetensors files: tied tensors once, buffers included."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _layer_facts(layers: Sequence[LayerResult], scores: Sequence[Sequence[float]] | None) -> list[LayerFacts]:
+    return [
+        LayerFacts(
+            sparsity=dict(layer.sparsity),
+            scores=None if scores is None else list(scores[index]),
+            modules={
+                name: ModuleFacts(
+                    rank=result.rank, full=result.full, relative_error=result.relative_error, kept=result.kept
+                )
+                for name, result in layer.modules.items()
+            },
+        )
+        for index, layer in enumerate(layers)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """The versions that numbers depend on."""
+    return {"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}}
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_device_memory(device: torch.device) -> int | None:
+    """Largest memory held on a CUDA device so far, in bytes; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def command_line() -> str:
+    """The command that started this process, without the path of the interpreter or program."""
+    program = Path(sys.argv[0])
+    return shlex.join(["modegpt" if program.name == "__main__.py" else program.name, *sys.argv[1:]])
