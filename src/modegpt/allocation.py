@@ -16,9 +16,9 @@ def entropic_allocation(
 ) -> list[float]:
     """phi_j = phi_avg (sum_i w_i) exp(-s_j / eps) / sum_i w_i exp(-s_i / eps).
 
-    Maximises sum_j w_j s_j (1 - phi_j) + eps H(phi) under the budget sum_j w_j phi_j = phi_avg sum_j w_j. With
-    equal weights it is eq. 11; with one score for attention and one for the MLP of every layer, weighted by
-    their parameters, it is eq. 43.
+    Maximises sum_j w_j s_j (1 - phi_j) - eps sum_j w_j phi_j log phi_j under the budget
+    sum_j w_j phi_j = phi_avg sum_j w_j. With equal weights it is eq. 11; with one score for
+    attention and one for the MLP of every layer, weighted by their parameters, it is eq. 43.
 
     ``scores`` s are importances (high: compress little), ``weights`` w the parameters each score speaks for,
     ``average`` phi_avg and ``temperature`` eps. An infinite temperature is the uniform allocation.
@@ -36,12 +36,12 @@ def auto_temperature(
 
     Infinite (uniform) where the average alone reaches ``largest`` or all scores are equal. Where too few
     blocks carry the budget for any of them to reach ``largest``, the lowest temperature searched, a
-    twentieth of the scores' spread.
+    thousandth of the scores' spread: nearly everything then falls on the least important block.
     """
     spread = max(scores) - min(scores)
     if average >= largest or spread <= 0:
         return math.inf
-    low, high = math.log(spread / 20), math.log(spread * 1e6)
+    low, high = math.log(spread / 1000), math.log(spread * 1e6)
     for _ in range(100):
         middle = (low + high) / 2
         if max(entropic_allocation(scores, weights, average, math.exp(middle))) > largest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,8 +37,9 @@ class ModuleGeometry:
     def nearest(self, units: float, align: int) -> int:
         """The allowed rank nearest to ``units``: a multiple of ``align`` channels, at least one, or full."""
         step = math.lcm(align, self.channels) // self.channels
-        rounded = max(step, round(units / step) * step)
-        return min(rounded, self.full)
+        lower = min(max(1, math.floor(units / step)) * step, self.full)
+        upper = min(lower + step, self.full)
+        return lower if units - lower <= upper - units else upper
 
 
 @dataclass(frozen=True)
@@ -92,19 +93,20 @@ def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -
     )
 
 
-def average_sparsity(layers: Sequence[LayerGeometry], modules: Sequence[Module], ratio: float) -> float:
+def average_sparsity(layers: Sequence[LayerGeometry], modules: Sequence[Module], ratio: float, align: int = 1) -> float:
     """The share the selected ``modules`` must lose so that the decoder blocks lose ``ratio`` of their parameters.
 
-    Raises :class:`InvalidRequest` when the modules do not hold that much.
+    Raises :class:`InvalidRequest` when the modules, kept at their smallest allowed ranks, do not hold that much.
     """
     blocks = sum(layer.parameters for layer in layers)
     selected = sum(layer.modules[module].parameters for layer in layers for module in modules)
-    smallest = sum(layer.modules[module].unit_parameters for layer in layers for module in modules)
+    chosen = [layer.modules[module] for layer in layers for module in modules]
+    smallest = sum(geometry.nearest(0, align) * geometry.unit_parameters for geometry in chosen)
     if ratio * blocks > selected - smallest:
         largest = math.floor(1000 * (selected - smallest) / blocks) / 1000
         raise InvalidRequest(
-            f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)}: they hold {selected / blocks:.1%} "
-            f"of the decoder blocks' parameters; use at most {largest:g} or more modules"
+            f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)} and --align {align}: "
+            f"at most {largest:g} of the decoder blocks' parameters can go; use less, more modules or a finer alignment"
         )
     return ratio * blocks / selected
 
@@ -115,22 +117,35 @@ def ranks_from_sparsity(
     """Round every layer's ideal ranks so that the total number of kept parameters is the ideal one.
 
     ``sparsity`` gives, per layer, the share each selected module loses; modules not named stay whole. The
-    coarser modules of a layer go to their nearest allowed rank, and the finest takes up the difference;
-    what it cannot take is carried into the next layer. The total is off by at most half a unit of the finest module.
+    coarser modules of a layer go to their nearest allowed rank, and the finest takes up the difference.
+    What it cannot take is carried into the next layer, and from the last back towards the first. With room
+    left anywhere, the total is off by at most half a step of the finest module.
     """
     carry = 0.0  # parameters kept too few so far
-    ranks = []
+    units: list[dict[Module, int]] = []
     for layer, shares in zip(layers, sparsity, strict=True):
-        units: dict[Module, int] = {module: layer.modules[module].full for module in MODULES}
-        by_cost = sorted(shares, key=lambda module: -layer.modules[module].unit_parameters)
-        for module in by_cost:
+        kept: dict[Module, int] = {module: layer.modules[module].full for module in MODULES}
+        finest = _finest(layer, shares)
+        for module in [*(set(shares) - {finest}), finest]:
             geometry = layer.modules[module]
             ideal = (1 - shares[module]) * geometry.full
-            wanted = ideal + carry / geometry.unit_parameters if module == by_cost[-1] else ideal
-            units[module] = geometry.nearest(wanted, align)
-            carry += (ideal - units[module]) * geometry.unit_parameters
-        ranks.append(LayerRanks(**units))
-    return ranks
+            kept[module] = geometry.nearest(
+                ideal + carry / geometry.unit_parameters if module == finest else ideal, align
+            )
+            carry += (ideal - kept[module]) * geometry.unit_parameters
+        units.append(kept)
+    for layer, shares, kept in reversed(list(zip(layers, sparsity, units, strict=True))):
+        module = _finest(layer, shares)
+        geometry = layer.modules[module]
+        before = kept[module]
+        kept[module] = geometry.nearest(before + carry / geometry.unit_parameters, align)
+        carry -= (kept[module] - before) * geometry.unit_parameters
+    return [LayerRanks(**kept) for kept in units]
+
+
+def _finest(layer: LayerGeometry, modules: Iterable[Module]) -> Module:
+    """The module whose units are smallest, hence best at meeting a budget."""
+    return min(modules, key=lambda module: layer.modules[module].unit_parameters)
 
 
 def kept_parameters(layers: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> int:

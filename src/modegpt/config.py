@@ -48,7 +48,7 @@ class CompressionConfig(BaseModel):
     align: Annotated[int, Field(ge=1)] = Field(
         1, description="Round ranks to multiples of this many channels; 8 to 64 can suit a GPU's kernels better."
     )
-    ridge: Annotated[float, Field(gt=0)] = Field(
+    ridge: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
         1e-4,
         description="Ridge of the leverage scores (lambda) in units of the mean channel energy, hence scale-free.",
     )

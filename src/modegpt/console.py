@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -125,20 +126,21 @@ def summary_table(report: CompressionReport) -> Table:
 
 def layer_table(report: CompressionReport) -> Table:
     """Per layer and module: kept of full units, and the relative output error."""
-    table = Table(title="Kept units and relative output error per layer", title_justify="left")
+    full = report.layers[0].modules
+    table = Table(
+        title="Kept of each layer, and the relative error of the module's output", title_justify="left", box=SIMPLE_HEAD
+    )
     table.add_column("layer", justify="right")
-    for heading in ("MLP channels", "query-key pairs", "value channels"):
-        table.add_column(heading, justify="right")
-        table.add_column("error", justify="right")
+    for module, name in zip(MODULES, ("MLP", "QK pairs", "VO"), strict=True):
+        table.add_column(f"{name}\nof {full[module].full}", justify="right")
+        table.add_column("\nkept", justify="right", style="dim")
+        table.add_column("\nerror", justify="right")
     for index, layer in enumerate(report.layers):
         cells = []
         for module in MODULES:
             facts = layer.modules[module]
-            share = facts.rank / facts.full
-            cells += [
-                f"{facts.rank} / {facts.full}  {share:4.0%}",
-                f"[{_colour(facts.relative_error)}]{facts.relative_error:.3f}",
-            ]
+            error = f"[{_colour(facts.relative_error)}]{facts.relative_error:.3f}"
+            cells += [str(facts.rank), f"{facts.rank / facts.full:.0%}", error]
         table.add_row(str(index), *cells)
     return table
 

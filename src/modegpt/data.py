@@ -144,15 +144,19 @@ def split_held_out(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.
 def sample_from_model(
     model: PreTrainedModel, start_token: int, count: int, length: int, seed: int, batch_size: int
 ) -> TokenWindows:
-    """``count`` windows of ``length`` tokens sampled from ``model`` itself at temperature 1 after ``start_token``."""
+    """``count`` windows of ``length`` tokens sampled from ``model`` itself at temperature 1 after ``start_token``.
+
+    An end-of-text token does not end a window: what the model writes after it is sampled as well.
+    """
     device = model.device
     rows = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for first in range(0, count, batch_size):
-            prompt = torch.full((min(batch_size, count - first), 1), start_token, device=device)
-            rows.append(
-                model.generate(  # type: ignore[operator]
+    stop, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for first in range(0, count, batch_size):
+                prompt = torch.full((min(batch_size, count - first), 1), start_token, device=device)
+                sampled = model.generate(  # type: ignore[operator]
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     do_sample=True,
@@ -160,10 +164,11 @@ def sample_from_model(
                     top_k=0,
                     top_p=1.0,
                     max_new_tokens=length,
-                    min_new_tokens=length,
                     pad_token_id=start_token,
-                ).cpu()[:, 1 : length + 1]
-            )
+                )
+                rows.append(sampled[:, 1:].cpu())
+    finally:
+        model.generation_config.eos_token_id = stop
     return TokenWindows(torch.cat(rows).contiguous())
 
 

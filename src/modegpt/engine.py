@@ -101,13 +101,17 @@ class LayerRunner:
     @contextmanager
     def active(self) -> Iterator[LayerRunner]:
         """Take over the layers' forward within this context."""
+        own = [vars(layer).get("forward") for layer in self._layers]  # other libraries patch forwards as well
         for index, layer in enumerate(self._layers):
             layer.forward = self._replacement(index, layer.forward)
         try:
             yield self
         finally:
-            for layer in self._layers:
-                del layer.forward
+            for layer, forward in zip(self._layers, own, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
 
     @torch.no_grad()
     def run(self, index: int, batch: TokenWindows, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,7 +207,7 @@ class Engine:
     ) -> Choice:
         """Decide how much every layer keeps. ``influence`` spares the pass that :meth:`block_influence` takes."""
         geometry = model_geometry(self.model)
-        average = average_sparsity(geometry, config.modules, config.ratio)
+        average = average_sparsity(geometry, config.modules, config.ratio, config.align)
         if config.allocation == "uniform":
             uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
             return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)

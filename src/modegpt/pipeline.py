@@ -136,7 +136,7 @@ def check_resources(config: RunConfig, model_config: PreTrainedConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     layers = model_geometry(model)
-    average_sparsity(layers, config.modules, config.ratio)
+    average_sparsity(layers, config.modules, config.ratio, config.align)
 
     item = _item_size(config, model_config)
     blocks = sum(layer.parameters for layer in layers) * item

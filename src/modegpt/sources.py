@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -86,7 +88,8 @@ class ModelSource:
         try:
             if self.is_gguf:
                 path = Path(self.address)
-                return reader(str(path.parent), gguf_file=path.name)
+                with redirect_stderr(io.StringIO()):  # the dequantiser's own progress bar
+                    return reader(str(path.parent), gguf_file=path.name)
             return reader(self.address, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # readers raise whatever their file format makes them stumble over
             message = " ".join(str(error).split())

@@ -6,12 +6,13 @@ import torch
 
 
 def solve_psd(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
-    """pinv(A) B for a symmetric positive semi-definite A, exactly or nearly singular ones included.
+    """X with A X = B for a symmetric positive semi-definite A, exactly or nearly singular ones included.
 
     A (n, n) and B (n, p) are float64; returns (n, p). A is first scaled to unit diagonal, so that the
-    cut-off does not depend on the units of single channels; a zero row of A gives a zero row of the
-    result. A well-conditioned A is solved by Cholesky; otherwise eigenvalues below ``n * eps`` of the
-    largest are treated as zero.
+    cut-off does not depend on the units of single channels: with D = diag(A),
+    X = D^(-1/2) pinv(D^(-1/2) A D^(-1/2)) D^(-1/2) B. This solves every consistent system, and is pinv(A) B
+    where A is regular. A zero row of A gives a zero row of X. A well-conditioned A is solved by
+    Cholesky; otherwise eigenvalues below ``n * eps`` of the largest are treated as zero.
     """
     n = matrix.shape[0]
     scale = matrix.diagonal().clamp_min(0).sqrt()
@@ -21,8 +22,8 @@ def solve_psd(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     cutoff = n * torch.finfo(matrix.dtype).eps
 
     factor, failed = torch.linalg.cholesky_ex(unit)
-    # The smallest squared pivot bounds the smallest eigenvalue from above; the factor n leaves room.
-    if not failed and factor.diagonal().square().min() > n * cutoff:
+    # The trace of the inverse bounds the inverse of the smallest eigenvalue; pivots bound nothing.
+    if not failed and torch.cholesky_inverse(factor).diagonal().sum() < 1 / (n * cutoff):
         solution = torch.cholesky_solve(scaled_rhs, factor)
     else:
         values, vectors = torch.linalg.eigh(unit)

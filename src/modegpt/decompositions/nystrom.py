@@ -47,8 +47,8 @@ def nystrom_decomposition(gram: torch.Tensor, output: torch.Tensor, rank: int, r
     """Keep the ``rank`` channels of largest ridge leverage and re-fit the output map to them.
 
     W_U' = W_U S, W_D' = pinv(S^T C S) S^T C W_D: the least-squares optimum for the given S. It is computed
-    as W_D[S] + pinv(C_SS) C_SD W_D[D], which is the same map, and where C_SS is singular keeps the
-    original weights in the directions no calibration token excites.
+    as W_D[S] + pinv(C_SS) C_SD W_D[D]: the same map, but where C_SS is singular it keeps the original
+    weights in the directions that no calibration token excites.
 
     ``gram`` is C = Z^T Z (m, m) of the activations Z = sigma(X W_U) that enter ``output`` W_D (m, d), both
     float64; ``rank`` k is from 1 to m. The error is that of the dropped channels D against their best

@@ -1,0 +1,213 @@
+"""Type III: Algorithm 3, Theorem 3 and appendix B.1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from helpers import mixed, randn, squared
+from modegpt.decompositions import SVDDecomposition, svd_decomposition
+
+HIDDEN, HEAD = 12, 6
+Data = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""Makes inputs X and a value map W_v."""
+
+
+def weights(heads: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """W_v (d, h) and W_o (g, h, d)."""
+    return randn(HIDDEN, HEAD, seed=seed + 10), randn(heads, HEAD, HIDDEN, seed=seed + 20)
+
+
+def output_error(inputs: torch.Tensor, value: torch.Tensor, output: torch.Tensor, result: SVDDecomposition) -> float:
+    """sum over heads of ||X W_v W_o - X W_v' W_o'||_F^2 from its definition."""
+    return squared(inputs @ value @ output - inputs @ result.value @ result.output)
+
+
+def roots(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """C^(1/2) and C^(-1/2) of a regular C."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors @ torch.diag(values.sqrt()) @ vectors.T, vectors @ torch.diag(values.rsqrt()) @ vectors.T
+
+
+def signs(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The signs that turn the columns of ``actual`` into those of ``expected``."""
+    return (actual * expected).sum(0).sign()
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-9) -> None:
+    """Compare relative to the largest entry."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * float(expected.abs().max()))
+
+
+def test_one_head_keeps_the_largest_singular_values_of_the_product() -> None:
+    identity = torch.eye(3, dtype=torch.float64)
+    output = torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))
+    result = svd_decomposition(identity, identity, output[None], 2)
+    assert result.error == pytest.approx(1, rel=1e-13)
+    assert result.norm == pytest.approx(14, rel=1e-13)
+    close(result.value @ result.output[0], torch.diag(torch.tensor([0.0, 3.0, 2.0], dtype=torch.float64)), rtol=1e-14)
+
+
+def test_group_keeps_the_largest_singular_values_of_the_weighted_value_map() -> None:
+    """C = diag(c), W_v = I: the channels of largest c stay, whatever the output maps weigh."""
+    gram = torch.diag(torch.tensor([4.0, 9.0, 1.0], dtype=torch.float64))
+    value, output = torch.eye(3, dtype=torch.float64), randn(2, 3, 3)
+    result = svd_decomposition(gram, value, output, 2)
+    expected = output.clone()
+    expected[:, 2] = 0
+    close(result.value @ result.output, expected, rtol=1e-14)
+    assert result.error == pytest.approx(squared(output[:, 2]), rel=1e-13)
+    assert result.norm == pytest.approx(sum(c * squared(output[:, i]) for i, c in enumerate((4, 9, 1))), rel=1e-13)
+
+
+@pytest.mark.parametrize("tokens", [100, 12, 7, 3])
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_error_and_norm_equal_their_definitions(heads: int, rank: int, tokens: int) -> None:
+    inputs, (value, output) = mixed(tokens, HIDDEN, seed=rank), weights(heads, seed=rank)
+    result = svd_decomposition(inputs.T @ inputs, value, output, rank)
+    assert result.value.shape == (HIDDEN, rank)
+    assert result.output.shape == (heads, rank, HIDDEN)
+    assert result.norm == pytest.approx(squared(inputs @ value @ output), rel=1e-11)
+    expected = output_error(inputs, value, output, result)
+    assert result.error == pytest.approx(expected, rel=1e-8, abs=1e-12 * result.norm)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_one_head_loses_the_tail_of_the_singular_values(rank: int) -> None:
+    inputs, (value, output) = mixed(100, HIDDEN), weights(1)
+    gram = inputs.T @ inputs
+    result = svd_decomposition(gram, value, output, rank)
+    tail = torch.linalg.svdvals(roots(gram)[0] @ value @ output[0])[rank:]
+    assert result.error == pytest.approx(squared(tail), rel=1e-9)
+
+
+def test_one_head_is_not_improved_by_other_factors_of_the_same_rank() -> None:
+    inputs, (value, output) = mixed(100, HIDDEN), weights(1)
+    result = svd_decomposition(inputs.T @ inputs, value, output, 3)
+    for seed in range(30):
+        columns, rows = randn(HIDDEN, 3, seed=seed), randn(1, 3, HIDDEN, seed=seed + 500)
+        fitted = torch.linalg.lstsq(inputs @ columns, inputs @ value @ output[0]).solution[None]
+        for other in (
+            SVDDecomposition(columns, rows, 0, 0),
+            SVDDecomposition(columns, fitted, 0, 0),
+            SVDDecomposition(result.value + 1e-3 * columns, result.output, 0, 0),
+            SVDDecomposition(result.value, result.output + 1e-3 * rows, 0, 0),
+        ):
+            assert output_error(inputs, value, output, other) > result.error
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_one_head_equals_algorithm_3_with_matrix_roots(rank: int) -> None:
+    inputs, (value, output) = mixed(100, HIDDEN), weights(1)
+    gram = inputs.T @ inputs
+    root, inverse_root = roots(gram)
+    left, singular, right = torch.linalg.svd(root @ value, full_matrices=False)
+    left2, singular2, right2 = torch.linalg.svd(torch.diag(singular) @ right @ output[0], full_matrices=False)
+    published_value = inverse_root @ left @ left2[:, :rank]
+    published_output = torch.diag(singular2[:rank]) @ right2[:rank]
+
+    result = svd_decomposition(gram, value, output, rank)
+    flip = signs(result.value, published_value)
+    close(result.value * flip, published_value)
+    close(result.output[0] * flip[:, None], published_output)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_group_equals_appendix_b1_with_matrix_roots(heads: int, rank: int) -> None:
+    inputs, (value, output) = mixed(100, HIDDEN), weights(heads)
+    gram = inputs.T @ inputs
+    root, inverse_root = roots(gram)
+    left, singular, right = torch.linalg.svd(root @ value, full_matrices=False)
+    published_value = inverse_root @ left[:, :rank]
+    published_output = torch.stack([torch.diag(singular[:rank]) @ right[:rank] @ head for head in output])
+
+    result = svd_decomposition(gram, value, output, rank)
+    flip = signs(result.value, published_value)
+    close(result.value * flip, published_value)
+    close(result.output * flip[:, None], published_output)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_full_rank_changes_nothing(heads: int) -> None:
+    inputs, (value, output) = mixed(100, HIDDEN), weights(heads)
+    result = svd_decomposition(inputs.T @ inputs, value, output, HEAD)
+    assert torch.equal(result.value, value)
+    assert torch.equal(result.output, output)
+    assert result.error == 0
+    assert result.norm == pytest.approx(squared(inputs @ value @ output), rel=1e-11)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_result_does_not_depend_on_the_scale_of_the_inputs(scale: float, heads: int) -> None:
+    inputs, (value, output) = mixed(100, HIDDEN), weights(heads)
+    gram = inputs.T @ inputs
+    result, scaled = (svd_decomposition(c, value, output, 3) for c in (gram, scale * gram))
+    close(scaled.value @ scaled.output, result.value @ result.output, rtol=1e-11)
+    assert scaled.error == pytest.approx(scale * result.error, rel=1e-11)
+
+
+def few_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    return randn(3, HIDDEN), randn(HIDDEN, HEAD, seed=1)
+
+
+def dead_features() -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = randn(60, HIDDEN)
+    inputs[:, 3:] = 0
+    return inputs, randn(HIDDEN, HEAD, seed=1)
+
+
+def duplicated_features() -> tuple[torch.Tensor, torch.Tensor]:
+    return randn(60, 3).repeat(1, HIDDEN // 3), randn(HIDDEN, HEAD, seed=1)
+
+
+def duplicated_value_channels() -> tuple[torch.Tensor, torch.Tensor]:
+    return randn(60, HIDDEN), randn(HIDDEN, HEAD // 2, seed=1).repeat(1, 2)
+
+
+def dead_value_channels() -> tuple[torch.Tensor, torch.Tensor]:
+    value = randn(HIDDEN, HEAD, seed=1)
+    value[:, ::2] = 0
+    return randn(60, HIDDEN), value
+
+
+DEGENERATE = [few_tokens, dead_features, duplicated_features, duplicated_value_channels, dead_value_channels]
+
+
+@pytest.mark.parametrize("data", DEGENERATE)
+@pytest.mark.parametrize("rank", [3, 4, 5])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_dropping_directions_without_data_is_free(data: Data, heads: int, rank: int) -> None:
+    """In all these cases X W_v has rank 3."""
+    (inputs, value), output = data(), randn(heads, HEAD, HIDDEN, seed=2)
+    result = svd_decomposition(inputs.T @ inputs, value, output, rank)
+    assert result.value.shape == (HIDDEN, rank)
+    assert result.output.shape == (heads, rank, HIDDEN)
+    assert result.value.abs().max() < 1e3 * value.abs().max()  # not noise divided by noise
+    assert result.output.isfinite().all()
+    assert result.error <= 1e-13 * result.norm
+    assert output_error(inputs, value, output, result) <= 1e-13 * result.norm
+
+
+@pytest.mark.parametrize("data", DEGENERATE)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_singular_gram_still_gives_the_exact_error(data: Data, heads: int) -> None:
+    (inputs, value), output = data(), randn(heads, HEAD, HIDDEN, seed=2)
+    result = svd_decomposition(inputs.T @ inputs, value, output, 2)
+    assert result.error > 1e-3 * result.norm
+    assert result.error == pytest.approx(output_error(inputs, value, output, result), rel=1e-9)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("silent", ["gram", "value"])
+def test_all_zero_input_or_value_gives_zero_factors(silent: str, heads: int) -> None:
+    value, output = weights(heads)
+    gram = torch.eye(HIDDEN, dtype=torch.float64)
+    result = svd_decomposition(gram * (silent != "gram"), value * (silent != "value"), output, 2)
+    assert torch.count_nonzero(result.value @ result.output) == 0
+    assert result.value.isfinite().all()
+    assert result.error == result.norm == 0
