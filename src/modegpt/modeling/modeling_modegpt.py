@@ -122,7 +122,7 @@ class CompactAttention(nn.Module):
 
     def __init__(self, dense: Any, config: PreTrainedConfig, family: Family, sizes: LayerSizes) -> None:
         """Take over everything but the weights from the stock attention module ``dense``."""
-        super().__init__()
+        nn.Module.__init__(self)  # a family's subclass is also the stock attention, which would build dense weights
         # The model's own config, not a copy: set_attn_implementation changes it in place.
         self.config = config
         self.layer_idx: int = dense.layer_idx
@@ -219,11 +219,13 @@ def _linear_like(linear: nn.Linear, *, in_features: int | None = None, out_featu
     )
 
 
-def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> None:
+def shrink(
+    base: PreTrainedModel, config: PreTrainedConfig, family: Family, attention_class: type[CompactAttention]
+) -> None:
     """Replace the modules of a stock base model by ones of the widths ``config`` gives for each layer."""
     layers: Any = base.get_submodule(family.layers)
     for layer, sizes in zip(layers, layer_sizes(config), strict=True):
-        attention = CompactAttention(layer.get_submodule(family.attention), config, family, sizes)
+        attention = attention_class(layer.get_submodule(family.attention), config, family, sizes)
         layer.set_submodule(family.attention, attention)
         for path in family.mlp_inputs:
             layer.set_submodule(path, _linear_like(layer.get_submodule(path), out_features=sizes.intermediate_size))
@@ -240,6 +242,7 @@ class CompactModel:
     """
 
     family: Family
+    attention_class: type[CompactAttention]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         dense = stock_config(config)
@@ -248,7 +251,7 @@ class CompactModel:
         models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]  # type: ignore[attr-defined]
         for model in models:
             model.config = config
-        shrink(models[-1], config, self.family)
+        shrink(models[-1], config, self.family, self.attention_class)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaModel
 
 from .modeling_modegpt import CompactAttention, CompactModel, Family
 
@@ -16,20 +16,24 @@ class ModeGPTLlamaConfig(LlamaConfig):
     model_type = "modegpt_llama"
 
 
+class ModeGPTLlamaAttention(CompactAttention, LlamaAttention):  # type: ignore[misc]
+    """Compressed attention that Transformers still recognises as Llama's."""
+
+
 class ModeGPTLlamaModel(CompactModel, LlamaModel):
     """The decoder without its head."""
 
     config_class = ModeGPTLlamaConfig
+    attention_class = ModeGPTLlamaAttention
     family = FAMILY
-    _can_record_outputs = {**LlamaModel._can_record_outputs, "attentions": CompactAttention}
 
 
 class ModeGPTLlamaForCausalLM(CompactModel, LlamaForCausalLM):
     """The decoder with its language-model head."""
 
     config_class = ModeGPTLlamaConfig
+    attention_class = ModeGPTLlamaAttention
     family = FAMILY
-    _can_record_outputs = ModeGPTLlamaModel._can_record_outputs
 
 
 # save_pretrained copies these files beside the weights, wherever the model was loaded from.
