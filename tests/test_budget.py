@@ -26,8 +26,9 @@ from modegpt.budget import (
     ranks_from_sparsity,
 )
 from modegpt.data import TokenWindows
-from modegpt.engine import Engine, family_of, model_geometry
+from modegpt.engine import Engine
 from modegpt.errors import InvalidRequest
+from modegpt.families import family_of, model_geometry
 
 SUBSETS: list[tuple[Module, ...]] = [subset for size in (1, 2, 3) for subset in combinations(MODULES, size)]
 

@@ -15,7 +15,8 @@ from modegpt.budget import LayerRanks, kept_parameters
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.decompositions import cr_decomposition, nystrom_decomposition, svd_decomposition
-from modegpt.engine import Choice, Compression, Engine, compress_model, decoder_layers, family_of, model_geometry
+from modegpt.engine import Choice, Compression, Engine, compress_model
+from modegpt.families import decoder_layers, family_of, model_geometry
 from modegpt.methods import ModeGPT
 
 RIDGE = 1e-4

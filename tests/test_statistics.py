@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from helpers import tiny_llama
 from modegpt.data import TokenWindows
-from modegpt.engine import LayerRunner, decoder_layers, family_of
+from modegpt.families import decoder_layers, family_of
+from modegpt.runner import LayerRunner
 from modegpt.statistics import LayerStatistics, StatisticsCollector, observable
 
 WINDOWS, LENGTH = 5, 12

@@ -13,9 +13,10 @@ from .config import CompressionConfig
 from .data import TokenWindows, check_source, random_windows, read_text, tokenize
 from .engine import compress_model
 from .errors import InvalidRequest
+from .families import check_family
 from .progress import Progress
 from .report import TextFacts, build_report
-from .sources import check_family, check_vocabulary
+from .sources import check_vocabulary
 
 Calibration = str | Path | Sequence[str] | torch.Tensor | TokenWindows
 

@@ -13,10 +13,11 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CheckpointError, InvalidRequest
+from .families import COMPRESSED_TYPES
 from .model_card import model_card
 from .modeling import CompactAttention, layer_sizes, stock_config
 from .report import REPORT_FILE, CompressionReport
-from .sources import COMPRESSED_TYPES, load_causal_lm
+from .sources import load_causal_lm
 
 
 def check_output(directory: Path, *, overwrite: bool, inputs: tuple[str, ...] = ()) -> None:

@@ -8,7 +8,7 @@ model's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,21 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .allocation import allocate
-from .budget import (
-    MODULES,
-    LayerGeometry,
-    LayerRanks,
-    Module,
-    average_sparsity,
-    layer_geometry,
-    ranks_from_sparsity,
-)
+from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_sparsity
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
+from .families import base_model, decoder_layers, family_of, model_geometry
 from .methods import METHODS, Method, Solution
-from .modeling import FAMILIES, CompressedFamily
 from .progress import Progress
+from .runner import InputCapture, LayerRunner
 from .statistics import LayerStatistics, StatisticsCollector, observable
 from .weights import LayerWeights, assign, layer_tensors, read_layer, share
 
@@ -75,94 +68,6 @@ class Compression:
     choice: Choice
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time by phase."""
-
-
-class _Stop(BaseException):
-    """Carries a layer's output out of the model's forward."""
-
-    def __init__(self, output: torch.Tensor) -> None:
-        self.output = output
-
-
-class LayerRunner:
-    """Runs single decoder layers inside the stock model's own forward.
-
-    Every layer but the live one passes its input through, the live one gets the cached hidden states
-    in place of its input, and the forward ends with it. So each layer sees exactly the mask, positions
-    and other arguments its family's code gives it, and no family's forward is written again here.
-    """
-
-    def __init__(self, base: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
-        self._base = base
-        self._layers = layers
-        self._live = -1
-        self._hidden: torch.Tensor | None = None
-
-    @contextmanager
-    def active(self) -> Iterator[LayerRunner]:
-        """Take over the layers' forward within this context."""
-        own = [vars(layer).get("forward") for layer in self._layers]  # other libraries patch forwards as well
-        for index, layer in enumerate(self._layers):
-            layer.forward = self._replacement(index, layer.forward)
-        try:
-            yield self
-        finally:
-            for layer, forward in zip(self._layers, own, strict=True):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
-
-    @torch.no_grad()
-    def run(self, index: int, batch: TokenWindows, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input and output (B, T, d) of layer ``index``; ``hidden`` None means the embeddings of ``batch``."""
-        device = next(self._layers[index].parameters()).device
-        self._live, self._hidden = index, None if hidden is None else hidden.to(device)
-        mask = None if batch.mask is None else batch.mask.to(device)
-        try:
-            self._base(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False)
-        except _Stop as stop:
-            assert self._hidden is not None
-            return self._hidden, stop.output
-        finally:
-            self._live, self._hidden = -1, None
-        raise AssertionError("the live layer was never called")
-
-    def _replacement(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if index != self._live:
-                return hidden_states
-            if self._hidden is None:
-                self._hidden = hidden_states
-            output = original(self._hidden, *args, **kwargs)
-            raise _Stop(output[0] if isinstance(output, tuple) else output)
-
-        return forward
-
-
-def family_of(model: PreTrainedModel) -> CompressedFamily:
-    """The description of a stock model's family."""
-    return FAMILIES[model.config.model_type]
-
-
-def base_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder without its head."""
-    base = model.base_model
-    assert isinstance(base, PreTrainedModel)
-    return base
-
-
-def decoder_layers(model: PreTrainedModel, family: CompressedFamily) -> list[nn.Module]:
-    """The decoder layers of a causal language model."""
-    layers = base_model(model).get_submodule(family.description.layers)
-    assert isinstance(layers, nn.ModuleList)
-    return list(layers)
-
-
-def model_geometry(model: PreTrainedModel) -> list[LayerGeometry]:
-    """Parameter counts of every decoder layer of a stock model (which may be on the meta device)."""
-    family = family_of(model)
-    return [layer_geometry(layer, model.config, family.description) for layer in decoder_layers(model, family)]
 
 
 def compress_model(
@@ -242,7 +147,7 @@ class Engine:
             for index, layer in enumerate(self.layers):
                 self.progress.detail("block influence")
                 totals, tokens = torch.zeros(3, dtype=torch.float64), 0
-                middle = _InputCapture(layer.get_submodule(self.family.description.middle))
+                middle = InputCapture(layer.get_submodule(self.family.description.middle))
                 with middle.attached():
                     for number, batch in enumerate(self._batches):
                         entering, leaving = self._runner.run(index, batch, hidden[number])
@@ -345,30 +250,6 @@ class Engine:
         config.architectures = [self.family.causal_lm.__name__]
         config.auto_map = self.family.auto_map
         return config
-
-
-class _InputCapture:
-    """Keeps the latest input of a module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._value: torch.Tensor | None = None
-
-    @property
-    def value(self) -> torch.Tensor:
-        assert self._value is not None
-        return self._value
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._value = args[0]
-
-        handle = self._module.register_forward_pre_hook(capture)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 def _checked(hidden: torch.Tensor, index: int) -> torch.Tensor:

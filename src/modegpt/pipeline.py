@@ -25,12 +25,13 @@ from .data import (
     split_held_out,
     tokenize,
 )
-from .engine import compress_model, model_geometry
+from .engine import compress_model
 from .errors import InvalidRequest
 from .evaluation import perplexity
+from .families import COMPRESSED_TYPES, check_family, model_geometry
 from .progress import Progress
 from .report import CompressionReport, Pair, TextFacts, build_report
-from .sources import COMPRESSED_TYPES, Dtype, ModelSource, check_family, check_vocabulary, usable_device
+from .sources import Dtype, ModelSource, check_vocabulary, usable_device
 
 HELD_OUT, NONE = "held-out", "none"
 

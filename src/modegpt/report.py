@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from .budget import Module
 from .config import CompressionConfig
 from .data import TokenWindows
-from .engine import Compression, LayerResult, family_of
+from .engine import Compression, LayerResult
 from .errors import CheckpointError
+from .families import decoder_layers, family_of
 
 REPORT_FILE = "compression.json"
 _PACKAGES = ("modegpt", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -123,9 +124,8 @@ def build_report(
     perplexity: Pair | None = None,
 ) -> CompressionReport:
     """Gather the facts of a compression of ``dense`` that gave ``result``."""
-    layers = family_of(dense).description.layers
     models = (dense, result.model)
-    blocks = [_parameters(model.base_model.get_submodule(layers)) for model in models]
+    blocks = [_parameters(nn.ModuleList(decoder_layers(model, family_of(dense)))) for model in models]
     everything = [_parameters(model) for model in models]
     stored = [_stored_bytes(model) for model in models]
     return CompressionReport(

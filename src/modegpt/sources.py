@@ -22,11 +22,8 @@ from transformers import (
 )
 
 from .errors import CheckpointError, InvalidRequest
-from .modeling import FAMILIES
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-#: ``model_type`` of every compressed family.
-COMPRESSED_TYPES = frozenset(family.config.model_type for family in FAMILIES.values())
 _T = TypeVar("_T")
 
 
@@ -111,16 +108,6 @@ def usable_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise InvalidRequest(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return name
-
-
-def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a config whose family has no description."""
-    if config.model_type in COMPRESSED_TYPES:
-        raise InvalidRequest("MODEL is already compressed; start from the dense model")
-    if config.model_type not in FAMILIES:
-        raise InvalidRequest(
-            f"model family {config.model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
-        )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
