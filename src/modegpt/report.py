@@ -200,4 +200,7 @@ def peak_device_memory(device: torch.device) -> int | None:
 def command_line() -> str:
     """The command that started this process, without the path of the interpreter or program."""
     program = Path(sys.argv[0])
-    return shlex.join(["modegpt" if program.name == "__main__.py" else program.name, *sys.argv[1:]])
+    is_module = program.name == "__main__.py"
+    name = program.parent.name if is_module else program.name
+    prefix = ["python", "-m"] if is_module and name != "modegpt" else []
+    return shlex.join([*prefix, name, *sys.argv[1:]])
