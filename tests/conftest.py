@@ -1,6 +1,51 @@
-"""Settings for all tests."""
+"""Settings and fixtures for all tests."""
 
+import os
+import shutil
+from pathlib import Path
+
+# No test needs the network, and none may wait for it. Read when the libraries below are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
 import torch
+
+from helpers import random_text, tiny_llama, tiny_tokenizer
 
 # The tensors are tiny: waking a second thread costs more than it computes.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text of about 3,800 tokens."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(random_text(200, seed=0))
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Evaluation text of about 1,100 tokens, unlike :func:`text_file`."""
+    path = tmp_path_factory.mktemp("text") / "evaluation.txt"
+    path.write_text(random_text(60, seed=1))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A random dense Llama of three layers with its tokenizer, as a Hugging Face directory. Not to be changed."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = tiny_tokenizer(text_file.read_text())
+    model = tiny_llama(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of :func:`tiny_checkpoint` that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))

@@ -1,11 +1,23 @@
-"""Small building blocks for the tests: tiny random models and reproducible random tensors."""
+"""Small building blocks for the tests: tiny models, reproducible random tensors and text, the command line."""
 
 from __future__ import annotations
 
+import io
+import os
+import random
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from modegpt import cli
 
 
 def tiny_llama(*, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -48,3 +60,80 @@ def mixed(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def squared(x: torch.Tensor) -> float:
     """The squared Frobenius norm."""
     return float(x.square().sum())
+
+
+WORDS = "the a model layer weight small large attends keeps removes channel head value query key of and to in"
+
+
+def random_text(sentences: int, *, seed: int) -> str:
+    """Sentences of twelve random words, one a line."""
+    choose, words = random.Random(seed), WORDS.split()
+    return "\n".join(" ".join(choose.choices(words, k=12)).capitalize() + "." for _ in range(sentences))
+
+
+def tiny_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens trained on ``text``; it puts <s> before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special, alphabet = ["<s>", "</s>"], sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        [text],
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_cli(*arguments: object) -> Outcome:
+    """Run ``modegpt`` with ``arguments`` in this process, its output going to wide files."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        redirect_stdout(out),
+        redirect_stderr(err),
+        patch.object(sys, "argv", ["modegpt", *map(str, arguments)]),
+        patch.dict(os.environ, COLUMNS="200"),
+    ):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def process_command(*arguments: object) -> list[str]:
+    """The command line that runs ``modegpt`` in a process of its own."""
+    return [sys.executable, "-m", "modegpt", *map(str, arguments)]
+
+
+def run_process(*arguments: object) -> Outcome:
+    """Run ``modegpt`` with ``arguments`` as a user does."""
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(process_command(*arguments), env=environment, capture_output=True, text=True)
+    return Outcome(result.returncode, result.stdout, result.stderr)
+
+
+def compress_arguments(
+    model: object, output: object, calibration: object, *options: object, ratio: object = 0.3
+) -> list[object]:
+    """A ``compress`` command on few tokens; ``options`` override what is set here."""
+    return [
+        *("compress", model, "--ratio", ratio, "--output", output, "--calibration", calibration),
+        *("--samples", 8, "--sequence-length", 32, *options),
+    ]
+
+
+def snapshot(*directories: Path) -> dict[Path, bytes | None]:
+    """Every path under ``directories``, hidden ones too, with the bytes of files."""
+    paths = [path for directory in directories for path in sorted(directory.rglob("*"))]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}

@@ -58,12 +58,12 @@ class TokenWindows:
     def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.dtype != torch.int64 or self.ids.numel() == 0:
             raise InvalidRequest(f"token windows must be a non-empty (N, T) int64 tensor, got {describe(self.ids)}")
+        object.__setattr__(self, "ids", self.ids.cpu())
         if self.mask is None:
             return
         if self.mask.shape != self.ids.shape or self.mask.dtype != torch.bool:
             raise InvalidRequest(f"the mask must be bool and shaped like the ids, got {describe(self.mask)}")
-        if bool(self.mask.all()):
-            object.__setattr__(self, "mask", None)
+        object.__setattr__(self, "mask", None if bool(self.mask.all()) else self.mask.cpu())
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import sys
@@ -96,8 +97,11 @@ class CompressionReport(_Facts):
     layers: list[LayerFacts]
 
     def write(self, directory: Path) -> None:
-        """Write ``compression.json`` into ``directory``."""
-        (directory / REPORT_FILE).write_text(self.model_dump_json(indent=1) + "\n")
+        """Write ``compression.json`` into ``directory``: readable at its head, one line for every layer."""
+        facts = self.model_dump(mode="json")
+        layers = ",\n".join(f"  {json.dumps(layer)}" for layer in facts.pop("layers"))
+        head = json.dumps(facts, indent=1).removesuffix("\n}")
+        (directory / REPORT_FILE).write_text(f'{head},\n "layers": [\n{layers}\n ]\n}}\n')
 
     @classmethod
     def read(cls, directory: Path) -> CompressionReport:
