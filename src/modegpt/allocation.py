@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from .errors import InvalidRequest
 
-#: With ``auto``, the temperature is chosen so that the most compressed block loses this share (paper, B.10).
+#: With ``auto``, the temperature is chosen so that the most compressed block loses this share (paper, B.2).
 LARGEST_SPARSITY = 0.8
 
 
@@ -18,7 +18,8 @@ def entropic_allocation(
 
     Maximises sum_j w_j s_j (1 - phi_j) - eps sum_j w_j phi_j log phi_j under the budget
     sum_j w_j phi_j = phi_avg sum_j w_j. With equal weights it is eq. 11; with one score for
-    attention and one for the MLP of every layer, weighted by their parameters, it is eq. 43.
+    attention and one for the MLP of every layer, weighted by their parameters, it is eq. 43 as derived from
+    eq. 42 with the entropy weighted alike, the one reading that has a closed form.
 
     ``scores`` s are importances (high: compress little), ``weights`` w the parameters each score speaks for,
     ``average`` phi_avg and ``temperature`` eps. An infinite temperature is the uniform allocation.

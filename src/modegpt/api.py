@@ -52,6 +52,7 @@ def compress(
         raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
+    config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
     result = compress_model(model, windows, config, progress)
     report = build_report(model, result, config, TextFacts.of(source, windows))
     result.model.compression_report = report  # type: ignore[assignment]

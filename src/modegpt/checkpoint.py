@@ -55,8 +55,8 @@ def save(
 ) -> None:
     """Write a compressed model as a Hugging Face directory with its code, tokenizer, report and card.
 
-    Everything is written and synced beside ``directory`` and renamed into place at the end, so that an
-    interrupted save leaves what was there before. ``report`` defaults to the one :func:`modegpt.compress` left on
+    Everything is written and synced beside ``directory`` and renamed into place at the end, so that what has
+    this name is always a whole checkpoint. ``report`` defaults to the one :func:`modegpt.compress` left on
     the model. Raises :class:`InvalidRequest` for an unusable directory.
     """
     directory = Path(directory)
@@ -110,8 +110,10 @@ def _staged(directory: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
     try:
         yield staging
-        staging.chmod(0o755)  # mkdtemp makes it private
+        umask = os.umask(0)
+        os.umask(umask)
         for path in [*staging.rglob("*"), staging]:
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # temporary files are made private
             _sync(path)
         if target.exists() and any(target.iterdir()):
             replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))

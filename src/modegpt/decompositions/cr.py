@@ -16,7 +16,8 @@ class CRDecomposition:
     kept: torch.Tensor
     """Selected items (pairs, or single channels without rotary): (k,) int64, ascending."""
     error: float
-    """sum over the group's heads of ||Q K^T - Q S (K S)^T||_F^2 over all calibration tokens, exactly."""
+    """sum over the group's heads of ||Q K^T - Q S (K S)^T||_F^2, exactly, over all pairs of calibration tokens:
+    an upper bound on the paper's sum over pairs within a window."""
     norm: float
     """sum over the group's heads of ||Q K^T||_F^2."""
 

@@ -16,7 +16,7 @@ class NystromDecomposition:
     kept: torch.Tensor
     """S as indices: (k,) int64, ascending."""
     output: torch.Tensor
-    """W_D' = pinv(S^T C S) S^T C W_D: (k, d) float64."""
+    """W_D' of :func:`nystrom_decomposition`: (k, d) float64."""
     error: float
     """||Z W_D - Z S W_D'||_F^2 over the calibration tokens, exactly."""
     norm: float
@@ -40,7 +40,7 @@ def ridge_leverage_scores(gram: torch.Tensor, ridge: float) -> torch.Tensor:
         return torch.zeros(m, dtype=gram.dtype, device=gram.device)
     shifted = gram + strength * torch.eye(m, dtype=gram.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-    return 1 - strength * inverse.diagonal()
+    return (1 - strength * inverse.diagonal()).clamp(0, 1)
 
 
 def nystrom_decomposition(gram: torch.Tensor, output: torch.Tensor, rank: int, ridge: float) -> NystromDecomposition:
@@ -52,8 +52,8 @@ def nystrom_decomposition(gram: torch.Tensor, output: torch.Tensor, rank: int, r
 
     ``gram`` is C = Z^T Z (m, m) of the activations Z = sigma(X W_U) that enter ``output`` W_D (m, d), both
     float64; ``rank`` k is from 1 to m. The error is that of the dropped channels D against their best
-    prediction from the kept ones, tr(W_D[D]^T (C_DD - C_DS pinv(C_SS) C_SD) W_D[D]), which loses no
-    digits to cancellation.
+    prediction from the kept ones, tr(W_D[D]^T (C_DD - C_DS pinv(C_SS) C_SD) W_D[D]); what is below 1e-12
+    of the norm is rounding.
     """
     m = gram.shape[0]
     norm = float((output * (gram @ output)).sum())

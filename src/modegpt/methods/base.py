@@ -22,7 +22,7 @@ class Solution(Generic[Weights]):
     error: float
     """Squared Frobenius norm of the change of the module's output, in the method's own objective."""
     norm: float
-    """Squared Frobenius norm of the dense module's output."""
+    """Squared Frobenius norm of the dense module's output, for attention summed over its heads."""
     kept: torch.Tensor | None = None
     """Kept channels (m',) or rotary pairs (G, r) where the method selects; None where it mixes."""
 
