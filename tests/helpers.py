@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -133,7 +134,7 @@ def compress_arguments(
     ]
 
 
-def snapshot(*directories: Path) -> dict[Path, bytes | None]:
-    """Every path under ``directories``, hidden ones too, with the bytes of files."""
+def snapshot(*directories: Path) -> dict[str, str]:
+    """Every path under ``directories``, hidden ones too, with a hash of what files hold."""
     paths = [path for directory in directories for path in sorted(directory.rglob("*"))]
-    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+    return {str(path): sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in paths}

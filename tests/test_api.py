@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import modegpt
 from helpers import tiny_llama
@@ -42,11 +44,19 @@ def test_compress_returns_a_model_that_generates_and_carries_its_report() -> Non
     assert not smaller.training
 
 
-def test_uncompressed_parts_are_shared_not_copied() -> None:
-    model = tiny_llama()
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_dense_model_shares_nothing_with_the_compressed_one(tied: bool) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     smaller = modegpt.compress(model, ratio=0.3, calibration=TOKENS)
-    assert smaller.model.embed_tokens.weight is model.model.embed_tokens.weight
-    assert smaller.lm_head.weight is model.lm_head.weight
+    assert (smaller.lm_head.weight is smaller.model.embed_tokens.weight) == tied
+    optimizer = torch.optim.SGD(smaller.parameters(), lr=0.1)
+    smaller(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    smaller.half()
+    smaller.generation_config.max_new_tokens = 3
+    assert model.generation_config.max_new_tokens != 3
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_every_form_of_calibration_gives_the_same_model(letters: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -99,12 +109,116 @@ def test_wrong_requests_are_refused(options: dict[str, object], message: str) ->
 
 def test_an_unsupported_family_is_named() -> None:
     model = tiny_llama()
-    model.config.__class__.model_type, original = "mystery", model.config.__class__.model_type
-    try:
-        with pytest.raises(modegpt.InvalidRequest, match="'mystery' is not supported; supported families: llama"):
-            modegpt.compress(model, ratio=0.3, calibration=TOKENS)
-    finally:
-        model.config.__class__.model_type = original
+    model.config = GPT2Config()
+    with pytest.raises(modegpt.InvalidRequest, match="'gpt2' is not supported; supported families: llama"):
+        modegpt.compress(model, ratio=0.3, calibration=TOKENS)
+
+
+class Negated(LlamaForCausalLM):
+    """The same weights and config, but another function."""
+
+
+def quantised(model: LlamaForCausalLM) -> None:
+    model.config.quantization_config = {"quant_method": "fp8"}
+
+
+def wrapped(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.up_proj = torch.nn.Sequential(model.model.layers[1].mlp.up_proj)
+
+
+def in_eight_bits(model: LlamaForCausalLM) -> None:
+    model.model.layers[2].self_attn.o_proj.to(torch.float8_e4m3fn)
+
+
+def of_another_class(model: LlamaForCausalLM) -> None:
+    model.__class__ = Negated
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (quantised, "quantised"),
+        (wrapped, "layer 1: mlp.up_proj is not a plain linear map"),
+        (in_eight_bits, "layer 2: self_attn.o_proj is not a plain linear map"),
+        (of_another_class, "the model is a Negated; use a plain LlamaForCausalLM"),
+    ],
+)
+def test_what_only_looks_like_a_stock_model_is_refused(
+    change: Callable[[LlamaForCausalLM], None], message: str
+) -> None:
+    model = tiny_llama()
+    change(model)
+    with pytest.raises(modegpt.InvalidRequest, match=message):
+        modegpt.compress(model, ratio=0.3, calibration=TOKENS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_models_compress_and_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense")  # .to(dtype) would round the rotary frequencies as well
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    smaller = modegpt.compress(model, ratio=0.3, calibration=TOKENS, allocation="uniform")
+    assert {parameter.dtype for parameter in smaller.parameters()} == {dtype}
+    modegpt.save(smaller, tmp_path / "small")
+    with torch.no_grad():
+        assert torch.equal(modegpt.load(tmp_path / "small")(TOKENS).logits, smaller(TOKENS).logits)
+    exact = modegpt.compress(tiny_llama(), ratio=0.3, calibration=TOKENS, allocation="uniform").compression_report
+    for layer, reference in zip(smaller.compression_report.layers, exact.layers, strict=True):
+        for name, module in layer.modules.items():
+            assert module.relative_error == pytest.approx(reference.modules[name].relative_error, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"head_dim": 16}, {"num_hidden_layers": 1}, {"num_key_value_heads": 1}, {"head_dim": 6, "num_attention_heads": 2}],
+    ids=str,
+)
+def test_other_shapes_compress_and_come_back(shape: dict[str, int], tmp_path: Path) -> None:
+    smaller = modegpt.compress(tiny_llama(**shape), ratio=0.3, calibration=TOKENS, allocation="uniform")
+    assert abs(smaller.compression_report.block_parameters.removed - 0.3) < 0.01
+    modegpt.save(smaller, tmp_path / "small")
+    with torch.no_grad():
+        assert torch.equal(modegpt.load(tmp_path / "small")(TOKENS).logits, smaller(TOKENS).logits)
+
+
+def test_the_model_can_be_copied_and_piped() -> None:
+    smaller = modegpt.compress(tiny_llama(), ratio=0.3, calibration=TOKENS)
+    twin = copy.deepcopy(smaller)
+    with torch.no_grad():
+        assert torch.equal(twin(TOKENS).logits, smaller(TOKENS).logits)
+
+
+def test_loaded_and_saved_again_it_keeps_its_report(tmp_path: Path) -> None:
+    modegpt.save(modegpt.compress(tiny_llama(), ratio=0.2, calibration=TOKENS), tmp_path / "one")
+    loaded = modegpt.load(tmp_path / "one")
+    modegpt.save(loaded, tmp_path / "two")
+    assert modegpt.CompressionReport.read(tmp_path / "two") == modegpt.CompressionReport.read(tmp_path / "one")
+
+
+def test_a_dense_model_is_not_saved_as_a_compressed_one(tmp_path: Path) -> None:
+    with pytest.raises(modegpt.InvalidRequest, match="not a compressed model"):
+        modegpt.save(tiny_llama(), tmp_path / "dense")
+
+
+def test_self_calibration_samples_the_model(letters: PreTrainedTokenizerBase) -> None:
+    letters.bos_token_id, letters.eos_token_id = 1, 2
+    options = {"ratio": 0.3, "samples": 4, "sequence_length": 16}
+    report = modegpt.compress(tiny_llama(), letters, calibration="self", **options).compression_report
+    assert (report.calibration.source, report.calibration.windows, report.calibration.tokens) == ("self", 4, 64)
+
+
+def test_compress_to_directory_is_usable_from_python(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = {"samples": 4, "sequence_length": 32, "allocation": "uniform", "calibration": str(text_file)}
+    config = modegpt.RunConfig.validated(model=str(tiny_checkpoint), output=tmp_path / "small", ratio=0.3, **settings)
+    report = modegpt.compress_to_directory(config)
+    assert modegpt.load(tmp_path / "small").compression_report == report
+    assert report.command.startswith("modegpt.compress_to_directory(RunConfig(")
+
+
+def test_perplexity_is_measured_in_evaluation_mode() -> None:
+    model = tiny_llama(attention_dropout=0.5)
+    expected = modegpt.perplexity(model, modegpt.TokenWindows(TOKENS))
+    assert modegpt.perplexity(model.train(), modegpt.TokenWindows(TOKENS)) == expected
+    assert model.training
 
 
 def test_perplexity_counts_predicted_real_tokens_only() -> None:

@@ -10,10 +10,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import CompressionConfig
-from .data import TokenWindows, check_source, random_windows, read_text, tokenize
+from .data import (
+    SELF,
+    TokenWindows,
+    check_length,
+    check_source,
+    random_windows,
+    read_text,
+    sample_from_model,
+    start_token,
+    tokenize,
+)
 from .engine import compress_model
 from .errors import InvalidRequest
-from .families import check_family
+from .families import check_model
 from .progress import Progress
 from .report import TextFacts, build_report
 from .sources import check_vocabulary
@@ -32,35 +42,40 @@ def compress(
 ) -> PreTrainedModel:
     """Remove ``ratio`` of the decoder blocks' parameters of a causal language model, in memory.
 
-    ``calibration`` is a data set's name (``wikitext2``, ``ptb``, ``alpaca``), the path of a text file, a list of
-    texts, or token ids (N, T) int64, or :class:`TokenWindows` where windows are padded. ``options`` are the fields
-    of :class:`CompressionConfig`: method, allocation, temperature, modules, statistics, align, ridge, samples,
-    sequence_length, seed, batch_size. Only text needs a ``tokenizer``.
+    ``calibration`` is a data set's name (``wikitext2``, ``ptb``, ``alpaca``), the path of a text file, ``self`` for
+    text sampled from the model, a list of texts, token ids (N, T) int64, or :class:`TokenWindows` where windows are
+    padded. ``options`` are the fields of :class:`CompressionConfig`: method, allocation, temperature, modules,
+    statistics, align, ridge, samples, sequence_length, seed, batch_size. Only text needs a ``tokenizer``.
 
     Returns a new model of the compressed class; it generates, trains and saves like any other, and carries its
-    :class:`CompressionReport` as ``compression_report``. ``model`` is left as it is; what is not compressed
-    (embeddings, norms, head) is shared with it, not copied.
+    :class:`CompressionReport` as ``compression_report``. ``model`` is left as it is and shares nothing with it.
 
     Raises :class:`InvalidRequest` for anything wrong with the request, before any work, and
     :class:`NumericalError` when a layer's activations are not finite.
     """
     config = CompressionConfig.validated(ratio=ratio, **options)
-    check_family(model.config)
-    windows, source = _windows(calibration, tokenizer, config)
+    check_model(model)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.config)
+    windows, source = _windows(model, tokenizer, calibration, config)
     highest = int(windows.ids.max())
     if highest >= model.config.vocab_size or int(windows.ids.min()) < 0:
         raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, model.config)
+    check_length(windows.ids.shape[1], model.config)
     config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
     result = compress_model(model, windows, config, progress)
-    report = build_report(model, result, config, TextFacts.of(source, windows))
-    result.model.compression_report = report  # type: ignore[assignment]
+    settings = ", ".join(f"{name}={value!r}" for name, value in {"ratio": ratio, **options}.items())
+    command = f"modegpt.compress(model, tokenizer, calibration={source!r}, {settings})"
+    report = build_report(model, result, config, TextFacts.of(source, windows), command=command)
+    vars(result.model)["compression_report"] = report
     return result.model
 
 
 def _windows(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase | None, config: CompressionConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration,
+    config: CompressionConfig,
 ) -> tuple[TokenWindows, str]:
     if isinstance(calibration, TokenWindows):
         return calibration, "token windows"
@@ -68,10 +83,13 @@ def _windows(
         return TokenWindows(calibration), "token windows"
     if tokenizer is None:
         raise InvalidRequest("calibration text needs a tokenizer; give one, or token windows as calibration")
+    samples, length, seed = config.samples, config.sequence_length, config.seed
+    check_length(length, model.config)
+    if calibration == SELF:
+        return sample_from_model(model, start_token(tokenizer), samples, length, seed), SELF
     if isinstance(calibration, (str, Path)):
-        check_source(str(calibration), option="calibration")
+        check_source(str(calibration), option="calibration", allow_self=True)
         text, source = read_text(str(calibration)), str(calibration)
     else:
         text, source = "\n\n".join(calibration), "texts"
-    ids = tokenize(tokenizer, text)
-    return random_windows(ids, config.samples, config.sequence_length, config.seed, what=source), source
+    return random_windows(tokenize(tokenizer, text), samples, length, seed, what=source), source

@@ -75,9 +75,7 @@ def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -
             for column in columns
         )
 
-    query, key, value, output = (
-        f"{family.attention}.{name}" for name in (family.query, family.key, family.value, family.output)
-    )
+    query, key, value, output = (f"{family.attention}.{name}" for name in family.attention_maps)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = layer.get_submodule(key).out_features // groups
     return LayerGeometry(
@@ -126,7 +124,7 @@ def ranks_from_sparsity(
     for layer, shares in zip(layers, sparsity, strict=True):
         kept: dict[Module, int] = {module: layer.modules[module].full for module in MODULES}
         finest = _finest(layer, shares)
-        for module in [*(set(shares) - {finest}), finest]:
+        for module in [*(module for module in shares if module != finest), finest]:
             geometry = layer.modules[module]
             ideal = (1 - shares[module]) * geometry.full
             kept[module] = geometry.nearest(

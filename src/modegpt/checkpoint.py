@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,27 +18,46 @@ from .families import COMPRESSED_TYPES
 from .model_card import model_card
 from .modeling import CompactAttention, layer_sizes, stock_config
 from .report import REPORT_FILE, CompressionReport
-from .sources import load_causal_lm
+from .sources import load_causal_lm, usable_device
 
 
-def check_output(directory: Path, *, overwrite: bool, inputs: tuple[str, ...] = ()) -> None:
-    """Refuse an output directory that cannot be written, or that holds something that must not be lost."""
-    resolved = directory.resolve()
-    if any(Path(name).exists() and Path(name).resolve() == resolved for name in inputs):
-        raise InvalidRequest(f"--output {str(directory)!r} is the model's own directory; choose another")
+def check_output(directory: Path, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
+    """Refuse an output directory that cannot be written, or that holds something that must not be lost.
+
+    ``inputs`` are the paths (or hub names) that the run reads.
+    """
+    given, resolved = f"--output {str(directory)!r}", directory.resolve()
+    paths = [Path(name).resolve() for name in inputs if Path(name).exists()]
+    if resolved in paths:
+        raise InvalidRequest(f"{given} is the model's own directory; choose another")
     if directory.exists() and not directory.is_dir():
-        raise InvalidRequest(f"--output {str(directory)!r} is a file; choose a directory")
+        raise InvalidRequest(f"{given} is a file; choose a directory")
+    if resolved == Path.cwd() or os.path.ismount(resolved):
+        raise InvalidRequest(f"{given} is the current directory or a mount point; choose a directory inside it")
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
-            raise InvalidRequest(f"--output {str(directory)!r} is not empty; choose another or give --overwrite")
-        if not (directory / REPORT_FILE).is_file():
+            raise InvalidRequest(f"{given} is not empty; choose another or give --overwrite")
+        if not _is_compressed(directory):
             raise InvalidRequest(
-                f"--output {str(directory)!r} holds something other than a compressed checkpoint; "
-                "--overwrite replaces only those"
+                f"{given} holds something other than a compressed checkpoint; --overwrite replaces only those"
             )
+        if any(path.is_relative_to(resolved) for path in paths):
+            raise InvalidRequest(f"{given} holds what this run reads; choose another")
     parent = existing_parent(resolved)
+    if not parent.is_dir():
+        raise InvalidRequest(f"{given}: {str(parent)!r} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise InvalidRequest(f"--output {str(directory)!r}: {str(parent)!r} is not writable")
+        raise InvalidRequest(f"{given}: {str(parent)!r} is not writable")
+
+
+def _is_compressed(directory: Path) -> bool:
+    """Whether a directory is a compressed checkpoint, by its report or its model type."""
+    if (directory / REPORT_FILE).is_file():
+        return True
+    try:
+        return json.loads((directory / "config.json").read_bytes()).get("model_type") in COMPRESSED_TYPES
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def existing_parent(path: Path) -> Path:
@@ -60,25 +80,29 @@ def save(
     the model. Raises :class:`InvalidRequest` for an unusable directory.
     """
     directory = Path(directory)
+    if model.config.model_type not in COMPRESSED_TYPES:
+        raise InvalidRequest(f"a {type(model).__name__} is not a compressed model; save it with save_pretrained")
     check_output(directory, overwrite=overwrite)
     report = report or getattr(model, "compression_report", None)
-    with _staged(directory) as staging:
+    with _staged(directory, overwrite) as staging:
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         if report is not None:
             report.write(staging)
-            (staging / "README.md").write_text(model_card(report))
+            (staging / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
 def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a compressed checkpoint for inference.
 
-    The same as ``AutoModelForCausalLM.from_pretrained`` after ``import modegpt``, but it trusts nothing:
-    sizes, tensors and kept pairs are checked, and anything missing or left over raises :class:`CheckpointError`.
+    The same as ``AutoModelForCausalLM.from_pretrained`` after ``import modegpt``, but it trusts nothing: no code
+    from the directory runs, sizes, tensors and kept pairs are checked, and anything missing or left over raises
+    :class:`CheckpointError`. A ``compression.json`` beside the weights comes along as ``compression_report``.
     """
+    device = usable_device(device)
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if config.model_type not in COMPRESSED_TYPES:
             raise CheckpointError(f"model type {config.model_type!r} is not a compressed model's")
         layer_sizes(config)
@@ -90,6 +114,8 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
         for name, module in model.named_modules():
             if isinstance(module, CompactAttention) and not _valid_pairs(module.rotary_pairs, limit):
                 raise CheckpointError(f"{name}.rotary_pairs are not ascending pairs below {limit}")
+        if (Path(directory) / REPORT_FILE).is_file():
+            vars(model)["compression_report"] = CompressionReport.read(Path(directory))
     except Exception as error:  # an untrusted directory can fail anywhere
         message = " ".join(str(error).split())
         raise CheckpointError(f"{str(directory)!r} is not a usable compressed checkpoint: {message}") from error
@@ -103,7 +129,7 @@ def _valid_pairs(pairs: torch.Tensor, limit: int) -> bool:
 
 
 @contextmanager
-def _staged(directory: Path) -> Iterator[Path]:
+def _staged(directory: Path, overwrite: bool) -> Iterator[Path]:
     """A directory beside ``directory`` that takes its place when the block ends well and vanishes when it does not."""
     target = directory.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -115,17 +141,28 @@ def _staged(directory: Path) -> Iterator[Path]:
         for path in [*staging.rglob("*"), staging]:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # temporary files are made private
             _sync(path)
-        if target.exists() and any(target.iterdir()):
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-            os.rename(target, replaced)
-            os.rename(staging, target)
-            shutil.rmtree(replaced)
+        if overwrite and target.exists():
+            _replace(target, staging)
         else:
             if target.exists():
-                target.rmdir()
+                target.rmdir()  # fails, and loses nothing, if somebody has put something there meanwhile
             os.rename(staging, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(target: Path, staging: Path) -> None:
+    """Put ``staging`` in the place of ``target``, which comes back if that fails."""
+    replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+    os.rename(target, replaced)
+    try:
+        os.rename(staging, target)
+    except BaseException:
+        os.rename(replaced, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(replaced)
 
 
 def _sync(path: Path) -> None:

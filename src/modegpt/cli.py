@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,17 +72,23 @@ def compress(
     Example: **modegpt compress HuggingFaceTB/SmolLM2-135M --ratio 0.3 --output small**
     """
     arguments = {name: value for name, value in locals().items() if name != "quiet"}
-    from .console import choose_progress, summary_table
+    from .console import choose_progress, say, summary_table
     from .pipeline import compress_to_directory
 
     if temperature != "auto":
         arguments["temperature"] = _number(temperature, "--temperature")
     progress = choose_progress(Console(stderr=True), quiet)
-    report = compress_to_directory(RunConfig.validated(**arguments), progress)
+    config = RunConfig.validated(**arguments)
+    command = shlex.join(["modegpt", *sys.argv[1:]])
+    try:
+        report = compress_to_directory(config, progress, command=command)
+    except KeyboardInterrupt:
+        print("modegpt: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
     if not quiet:
         console = Console()
         console.print(summary_table(report))
-        console.print(f"Checkpoint: {output}", highlight=False, soft_wrap=True)
+        say(console, f"Checkpoint: {output}")
 
 
 @app.command()
@@ -102,7 +109,7 @@ def evaluate(
 
     exp of the mean negative log-likelihood over consecutive windows, without special tokens.
     """
-    from .console import choose_progress
+    from .console import choose_progress, say
     from .pipeline import evaluate_perplexity
 
     progress = choose_progress(Console(stderr=True), quiet)
@@ -118,7 +125,7 @@ def evaluate(
         progress=progress,
     )
     details = f"{len(windows)} windows of {windows.ids.shape[1]} tokens"
-    Console().print(f"perplexity {value:.4f} on {perplexity} ({details})", highlight=False, soft_wrap=True)
+    say(Console(), f"perplexity {value:.4f} on {perplexity} ({details})")
 
 
 @app.command()
@@ -135,8 +142,8 @@ def generate(
     from .evaluation import generate_text
     from .pipeline import open_model
 
-    loaded, tokenizer = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    text = generate_text(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
+    tokenizer, _, open_it = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    text = generate_text(open_it(), tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
     print(text)
 
 
@@ -145,14 +152,14 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.", metavar="DIR")],
 ) -> None:
     """Show what was kept in each layer of a compressed checkpoint, and at what error."""
-    from .console import layer_table, summary_table
+    from .console import layer_table, say, summary_table
     from .report import CompressionReport
 
     report = CompressionReport.read(directory)
     console = Console()
     console.print(summary_table(report))
     console.print(layer_table(report))
-    console.print(f"Made by: {report.command}", highlight=False, soft_wrap=True)
+    say(console, f"Made by: {report.command}")
 
 
 def _number(text: str, option: str) -> float:
@@ -165,18 +172,15 @@ def _number(text: str, option: str) -> float:
 
 
 def main() -> None:
-    """Entry point: one line and exit code 2 for a wrong request, 1 for a failure on the way."""
-    from .errors import InvalidRequest, ModeGPTError
+    """Entry point: one line and exit code 2 for a wrong request or input, 1 for a failure on the way."""
+    from .errors import CheckpointError, InvalidRequest, ModeGPTError
 
     _calm_libraries()
     try:
         app()
     except ModeGPTError as error:
         print(f"modegpt: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InvalidRequest) else 1)
-    except KeyboardInterrupt:
-        print("modegpt: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(2 if isinstance(error, (InvalidRequest, CheckpointError)) else 1)
 
 
 def _calm_libraries() -> None:

@@ -20,13 +20,16 @@ Statistics = Literal["sequential", "dense"]
 class CompressionConfig(BaseModel):
     """What to remove, how to choose it, and what to calibrate on. Immutable; validated on construction."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
         description="Share of the decoder blocks' parameters to remove, between 0 and 1. "
         "Embeddings and head are never touched."
     )
-    method: str = Field("modegpt", description="Compression method: " + ", ".join(METHODS) + ".")
+    method: str = Field(
+        "modegpt",
+        description="Compression method. " + " ".join(f"'{name}': {m.summary}." for name, m in METHODS.items()),
+    )
     allocation: Allocation = Field(
         "block-influence",
         description="How the layers share the loss: 'uniform'; 'block-influence', less from layers that change "
@@ -89,7 +92,9 @@ class CompressionConfig(BaseModel):
             problem = error.errors()[0]
             option = "--" + str(problem["loc"][0]).replace("_", "-")
             message = problem["msg"].removeprefix("Value error, ")
-            raise InvalidRequest(f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}") from error
+            if not message.startswith(option):
+                message = f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}"
+            raise InvalidRequest(message) from error
 
 
 class RunConfig(CompressionConfig):
@@ -114,6 +119,17 @@ class RunConfig(CompressionConfig):
     device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, ...")
     overwrite: bool = Field(False, description="Replace an earlier compressed checkpoint in the output directory.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the MODEL. Off by default.")
+
+    @field_validator("model", "output", "calibration", "evaluate")
+    @classmethod
+    def _usable_name(cls, value: str | Path) -> str | Path:
+        try:
+            too_long = any(len(part.encode()) > 255 for part in Path(value).parts)
+        except UnicodeEncodeError:
+            raise ValueError("not valid Unicode; the report could not hold it") from None
+        if too_long:
+            raise ValueError("too long for a name")
+        return value
 
     @field_validator("device")
     @classmethod

@@ -6,6 +6,7 @@ import time
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -40,11 +41,29 @@ def choose_progress(console: Console, quiet: bool) -> Progress:
 
 
 class LiveProgress(Progress):
-    """One line that is rewritten: phase, step, what is being done, time left."""
+    """A line for every phase, the current one rewritten: step, what is being done, time spent and left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
-        self._bar = Bar(
+        self._console = console
+        self._bar = self._new_bar()
+
+    def detail(self, text: str) -> None:
+        self._bar.update(TaskID(0), detail=text)
+
+    def advance(self) -> None:
+        self._bar.advance(TaskID(0))
+
+    def _start(self, name: str, steps: int) -> None:
+        self._bar = self._new_bar()
+        self._bar.add_task(PHASES.get(name, name), total=steps, detail="")
+        self._bar.start()
+
+    def _stop(self) -> None:
+        self._bar.stop()
+
+    def _new_bar(self) -> Bar:
+        return Bar(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -53,24 +72,8 @@ class LiveProgress(Progress):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=console,
+            console=self._console,
         )
-        self._task: TaskID | None = None
-
-    def detail(self, text: str) -> None:
-        if self._task is not None:
-            self._bar.update(self._task, detail=text)
-
-    def advance(self) -> None:
-        if self._task is not None:
-            self._bar.advance(self._task)
-
-    def _start(self, name: str, steps: int) -> None:
-        self._bar.start()
-        self._task = self._bar.add_task(PHASES.get(name, name), total=steps, detail="")
-
-    def _stop(self) -> None:
-        self._bar.stop()
 
 
 class PlainProgress(Progress):
@@ -79,16 +82,15 @@ class PlainProgress(Progress):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self._name, self._steps, self._done, self._detail = "", 0, 0, ""
+        self._name, self._steps, self._done = "", 0, 0
         self._started = 0.0
-
-    def detail(self, text: str) -> None:
-        self._detail = text
 
     def advance(self) -> None:
         self._done += 1
         spent = time.perf_counter() - self._started
         left = spent / self._done * (self._steps - self._done)
+        if self._steps == 1:
+            return
         self._print(f"{self._name}: {self._done} of {self._steps} ({spent:.0f} s, {left:.0f} s left)")
 
     def _start(self, name: str, steps: int) -> None:
@@ -97,7 +99,12 @@ class PlainProgress(Progress):
         self._print(f"{self._name} ...")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        say(self._console, line)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: not wrapped, not coloured, and nothing in it taken for markup."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def summary_table(report: CompressionReport) -> Table:
@@ -110,14 +117,17 @@ def summary_table(report: CompressionReport) -> Table:
         table.add_row(name, f"{pair.dense:,.0f}", f"{pair.compressed:,.0f}", f"{pair.removed:.2%}")
     size = report.bytes
     table.add_row(
-        f"Weights on disk ({report.dtype})", megabytes(size.dense), megabytes(size.compressed), f"{size.removed:.2%}"
+        escape(f"Weights on disk ({report.dtype})"),
+        megabytes(size.dense),
+        megabytes(size.compressed),
+        f"{size.removed:.2%}",
     )
     if report.perplexity and report.evaluation:
-        label = f"Perplexity ({report.evaluation.source})"
+        label = escape(f"Perplexity ({report.evaluation.source})")
         table.add_row(label, f"{report.perplexity.dense:.3f}", f"{report.perplexity.compressed:.3f}", "")
     table.add_section()
     for name, seconds in report.seconds.items():
-        table.add_row(f"Time: {PHASES.get(name, name).lower()}", "", f"{seconds:.1f} s", "")
+        table.add_row(escape(f"Time: {PHASES.get(name, name).lower()}"), "", f"{seconds:.1f} s", "")
     table.add_row("Peak memory", "", megabytes(report.peak_memory_bytes), "")
     if report.peak_device_memory_bytes is not None:
         table.add_row("Peak device memory", "", megabytes(report.peak_device_memory_bytes), "")

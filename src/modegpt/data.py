@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, NumericalError
 
 #: The share of a text that is set aside for evaluation when no separate evaluation text is named.
 HELD_OUT_SHARE = 0.1
 
 SELF = "self"
+#: Windows sampled in one batch. Fixed, because the windows of a batch share a stream of random numbers.
+_SAMPLED_AT_ONCE = 32
 FILE_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -63,6 +65,8 @@ class TokenWindows:
             return
         if self.mask.shape != self.ids.shape or self.mask.dtype != torch.bool:
             raise InvalidRequest(f"the mask must be bool and shaped like the ids, got {describe(self.mask)}")
+        if not bool(self.mask.any()):
+            raise InvalidRequest("the mask leaves no token")
         object.__setattr__(self, "mask", None if bool(self.mask.all()) else self.mask.cpu())
 
     def __len__(self) -> int:
@@ -127,9 +131,15 @@ def first_windows(ids: torch.Tensor, count: int, length: int, *, what: str) -> T
     return TokenWindows(ids[: count * length].view(count, length))
 
 
-def random_windows(ids: torch.Tensor, count: int, length: int, seed: int, *, what: str) -> TokenWindows:
-    """``count`` different windows of a text cut into consecutive windows of ``length``, drawn with ``seed``."""
-    _require(len(ids), count * length, f"{what}: {count} samples of {length} tokens")
+def random_windows(
+    ids: torch.Tensor, count: int, length: int, seed: int, *, what: str, reserved: int = 0
+) -> TokenWindows:
+    """``count`` different windows of a text cut into consecutive windows of ``length``, drawn with ``seed``.
+
+    ``reserved`` is the number of the text's tokens that were set aside before, for the message of a refusal.
+    """
+    held_out = f" and {reserved} held-out tokens" if reserved else ""
+    _require(len(ids), count * length, f"{what}: {count} samples of {length} tokens{held_out}", reserved)
     available = len(ids) // length
     chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
     return TokenWindows(ids[: available * length].view(available, length)[chosen].contiguous())
@@ -143,41 +153,49 @@ def split_held_out(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.
 
 
 @torch.no_grad()
-def sample_from_model(
-    model: PreTrainedModel, start_token: int, count: int, length: int, seed: int, batch_size: int
-) -> TokenWindows:
+def sample_from_model(model: PreTrainedModel, start_token: int, count: int, length: int, seed: int) -> TokenWindows:
     """``count`` windows of ``length`` tokens sampled from ``model`` itself at temperature 1 after ``start_token``.
 
-    An end-of-text token does not end a window: what the model writes after it is sampled as well.
+    An end-of-text token does not end a window: what the model writes after it is sampled as well. The model's own
+    generation settings are left out of it.
     """
     device = model.device
+    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=start_token)
+    own, model.generation_config = model.generation_config, settings
     rows = []
-    stop, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for first in range(0, count, batch_size):
-                prompt = torch.full((min(batch_size, count - first), 1), start_token, device=device)
-                sampled = model.generate(  # type: ignore[operator]
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=length,
-                    pad_token_id=start_token,
-                )
+            for first in range(0, count, _SAMPLED_AT_ONCE):
+                prompt = torch.full((min(_SAMPLED_AT_ONCE, count - first), 1), start_token, device=device)
+                sampled = model.generate(prompt, attention_mask=torch.ones_like(prompt))  # type: ignore[operator]
                 rows.append(sampled[:, 1:].cpu())
+    except RuntimeError as error:  # how torch.multinomial reports NaN
+        raise NumericalError(f"sampling text from the model failed: {str(error).splitlines()[0]}") from error
     finally:
-        model.generation_config.eos_token_id = stop
+        model.generation_config = own
     return TokenWindows(torch.cat(rows).contiguous())
 
 
-def _require(available: int, needed: int, purpose: str) -> None:
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token a model's own text starts from; refuses a tokenizer without one."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    raise InvalidRequest("--calibration self needs a tokenizer with a beginning- or end-of-text token")
+
+
+def check_length(length: int, config: PreTrainedConfig) -> None:
+    """Refuse windows longer than the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise InvalidRequest(f"--sequence-length {length} exceeds the model's {limit} positions")
+
+
+def _require(available: int, needed: int, purpose: str, reserved: int = 0) -> None:
     if available < needed:
         raise InvalidRequest(
-            f"{purpose} need {needed:,} tokens, but the text has {available:,}; "
+            f"{purpose} need {needed + reserved:,} tokens, but the text has {available + reserved:,}; "
             "give a longer text or fewer or shorter samples"
         )
 
@@ -204,7 +222,7 @@ def _file_text(path: Path) -> str:
         raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
         text = raw.decode("utf-8")
         if path.name.removesuffix(".gz").endswith(".jsonl"):
-            return "\n\n".join(row_text(json.loads(line)) for line in text.splitlines() if line.strip())
+            return "\n\n".join(row_text(json.loads(line)) for line in text.split("\n") if line.strip())
         return text
     except InvalidRequest:
         raise

@@ -8,6 +8,7 @@ model's own code.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from .methods import METHODS, Method, Solution
 from .progress import Progress
 from .runner import InputCapture, LayerRunner
 from .statistics import LayerStatistics, StatisticsCollector, observable
-from .weights import LayerWeights, assign, layer_tensors, read_layer, share
+from .weights import LayerWeights, assign, copy_rest, layer_tensors, read_layer
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def compress_model(
     with engine.active():
         choice = engine.choose_ranks(config)
         return engine.compress(
-            METHODS[config.method](config.ridge), choice, sequential=config.statistics == "sequential"
+            METHODS[config.method].from_config(config), choice, sequential=config.statistics == "sequential"
         )
 
 
@@ -173,7 +174,7 @@ class Engine:
             for index, (layer, thin, rank) in enumerate(zip(self.layers, thin_layers, choice.ranks, strict=True)):
                 self.progress.detail("calibrating")
                 collector = StatisticsCollector(layer, self.family.description, self.model.config.num_key_value_heads)
-                outputs = self._calibrate(index, collector, hidden)
+                outputs = self._calibrate(index, collector, hidden, keep=not sequential)
                 statistics = collector.result()
                 if not statistics.is_finite():
                     raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
@@ -184,22 +185,23 @@ class Engine:
                     hidden = outputs
                 elif index + 1 < len(self.layers):
                     self.progress.detail("passing on")
-                    hidden = [
-                        _checked(thin_runner.run(index, batch, state)[1], index).cpu()
-                        for batch, state in zip(self._batches, hidden, strict=True)
-                    ]
+                    for number, batch in enumerate(self._batches):
+                        output = thin_runner.run(index, batch, hidden[number])[1]
+                        hidden[number] = _checked(output, index).cpu()
                 self.progress.advance()
         return Compression(compressed, results, choice, self.progress.seconds)
 
     def _calibrate(
-        self, index: int, collector: StatisticsCollector, hidden: Sequence[torch.Tensor | None]
+        self, index: int, collector: StatisticsCollector, hidden: Sequence[torch.Tensor | None], *, keep: bool
     ) -> list[torch.Tensor | None]:
-        """Run every batch through dense layer ``index``, gathering statistics; returns the dense outputs."""
+        """Run every batch through dense layer ``index``, gathering statistics; returns the outputs to ``keep``."""
         outputs: list[torch.Tensor | None] = []
         with collector.attached():
             for batch, state in zip(self._batches, hidden, strict=True):
                 collector.next_batch(batch.mask, batch.tokens)
-                outputs.append(_checked(self._runner.run(index, batch, state)[1], index).cpu())
+                output = _checked(self._runner.run(index, batch, state)[1], index)
+                if keep:
+                    outputs.append(output.cpu())
         return outputs
 
     def _solve(
@@ -233,9 +235,9 @@ class Engine:
         with torch.device("meta"):
             compressed = self.family.causal_lm(config)
         prefix = f"{self.model.base_model_prefix}.{self.family.description.layers}."
-        share(compressed, self.model, outside=prefix)
+        copy_rest(compressed, self.model, outside=prefix)
         compressed.tie_weights()
-        compressed.generation_config = self.model.generation_config
+        compressed.generation_config = copy.deepcopy(self.model.generation_config)
         compressed.set_attn_implementation(self._attention)
         compressed.eval()
         return compressed

@@ -21,6 +21,33 @@ def check_family(config: PreTrainedConfig) -> None:
         raise InvalidRequest(
             f"model family {config.model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        raise InvalidRequest("MODEL is quantised; start from the model in float32, bfloat16 or float16")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse what is not a supported family's own, unwrapped and unquantised causal language model.
+
+    Code of another class may compute something else with the same weights, and a quantised or wrapped
+    map does not show the weights it multiplies with.
+    """
+    check_family(model.config)
+    family = family_of(model)
+    if type(model) is not family.stock:
+        raise InvalidRequest(f"the model is a {type(model).__name__}; use a plain {family.stock.__name__}")
+    description = family.description
+    maps = [f"{description.attention}.{name}" for name in description.attention_maps]
+    for index, layer in enumerate(decoder_layers(model, family)):
+        for path in (*maps, *description.mlp_inputs, description.mlp_output):
+            linear = layer.get_submodule(path)
+            weight = getattr(linear, "weight", None)
+            if type(linear) is not nn.Linear or weight is None or not weight.is_floating_point() or weight.itemsize < 2:
+                raise InvalidRequest(
+                    f"layer {index}: {path} is not a plain linear map in at least 16 bits; "
+                    "start from the unquantised model without adapters"
+                )
+            if weight.is_meta:
+                raise InvalidRequest(f"layer {index}: the weights of {path} are not loaded (meta device)")
 
 
 def family_of(model: PreTrainedModel) -> CompressedFamily:

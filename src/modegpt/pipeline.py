@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast, get_args
+from pathlib import Path
+from typing import Any, cast, get_args
 
 import psutil
 import torch
@@ -17,18 +20,20 @@ from .data import (
     HUB_DATASETS,
     SELF,
     TokenWindows,
+    check_length,
     check_source,
     first_windows,
     random_windows,
     read_text,
     sample_from_model,
     split_held_out,
+    start_token,
     tokenize,
 )
 from .engine import compress_model
 from .errors import InvalidRequest
 from .evaluation import perplexity
-from .families import COMPRESSED_TYPES, check_family, model_geometry
+from .families import COMPRESSED_TYPES, check_family, check_model, model_geometry
 from .progress import Progress
 from .report import CompressionReport, Pair, TextFacts, build_report
 from .sources import Dtype, ModelSource, check_vocabulary, usable_device
@@ -44,30 +49,43 @@ class Texts:
     evaluation: TokenWindows | None
 
 
-def compress_to_directory(config: RunConfig, progress: Progress | None = None) -> CompressionReport:
-    """Carry out ``config``: everything wrong is refused before any weight is loaded."""
+def compress_to_directory(
+    config: RunConfig, progress: Progress | None = None, *, command: str | None = None
+) -> CompressionReport:
+    """Carry out ``config``: everything wrong is refused before any weight is loaded.
+
+    ``command`` is what the report says to repeat it with; without, this call.
+    """
     progress = progress or Progress()
     source = ModelSource(config.model, config.trust_remote_code)
     source.check()
-    check_output(config.output, overwrite=config.overwrite, inputs=(config.model,))
+    texts_read = [name for name in (config.calibration, config.evaluate) if Path(name).is_file()]
+    check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *texts_read])
     check_source(config.calibration, option="--calibration", allow_self=True)
     if config.evaluate not in (HELD_OUT, NONE):
         check_source(config.evaluate, option="--evaluate")
+    if len(texts_read) == 2 and Path(config.evaluate).samefile(config.calibration):
+        raise InvalidRequest(
+            f"--evaluate {config.evaluate!r} is the calibration text; use 'held-out' to keep a part of it"
+        )
 
     model_config = source.config()
     check_family(model_config)
     check_resources(config, model_config)
+    check_length(config.sequence_length, model_config)
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model_config)
-    with progress.phase("text", 1):
+    if config.calibration == SELF:
+        start_token(tokenizer)
+    with progress.phase("text"):
         texts = read_texts(config, tokenizer)
-    check_windows(texts, model_config)
 
-    with progress.phase("load", 1):
+    with progress.phase("load"):
         model = source.model(config.dtype, config.device)
+    check_model(model)
     if texts.calibration is None:
-        with progress.phase("sample", 1):
-            texts = sample_texts(config, model, tokenizer)
+        with progress.phase("sample"):
+            texts = sample_texts(config, model, tokenizer, texts.evaluation)
     assert texts.calibration is not None
     result = compress_model(model, texts.calibration, config, progress)
     report = build_report(
@@ -75,6 +93,7 @@ def compress_to_directory(config: RunConfig, progress: Progress | None = None) -
         result,
         config,
         TextFacts.of(config.calibration, texts.calibration),
+        command=command or f"modegpt.compress_to_directory({config!r})",
         source=config.model,
         evaluation=_evaluation_facts(config, texts.evaluation),
         perplexity=_perplexities(config, model, result.model, texts.evaluation, progress),
@@ -91,12 +110,13 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     calibration: TokenWindows | None = None
     if config.calibration != SELF:
         ids = tokenize(tokenizer, read_text(config.calibration))
+        reserved = 0
         if config.evaluate == HELD_OUT and config.calibration in HUB_DATASETS:
             held_out = tokenize(tokenizer, read_text(config.calibration, evaluation=True))
         elif config.evaluate == HELD_OUT:
-            calibration_what += " (its last tenth is held out for evaluation)"
             ids, held_out = split_held_out(ids, length)
-        calibration = random_windows(ids, config.samples, length, config.seed, what=calibration_what)
+            reserved = len(held_out)
+        calibration = random_windows(ids, config.samples, length, config.seed, what=calibration_what, reserved=reserved)
     if config.evaluate not in (HELD_OUT, NONE):
         held_out = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
     if held_out is None:
@@ -105,27 +125,15 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     return Texts(calibration, first_windows(held_out, available, length, what=evaluation_what))
 
 
-def sample_texts(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Texts:
+def sample_texts(
+    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: TokenWindows | None
+) -> Texts:
     """Calibration windows sampled from the model itself and, for ``held-out``, others sampled after them."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if not isinstance(start, int):
-        raise InvalidRequest("--calibration self needs a tokenizer with a beginning- or end-of-text token")
     extra = config.evaluation_samples if config.evaluate == HELD_OUT else 0
-    ids = sample_from_model(
-        model, start, config.samples + extra, config.sequence_length, config.seed, config.batch_size
-    ).ids
+    count = config.samples + extra
+    ids = sample_from_model(model, start_token(tokenizer), count, config.sequence_length, config.seed).ids
     calibration = TokenWindows(ids[: config.samples].contiguous())
-    if config.evaluate == HELD_OUT:
-        return Texts(calibration, TokenWindows(ids[config.samples :].contiguous()))
-    return Texts(calibration, read_texts(config, tokenizer).evaluation)
-
-
-def check_windows(texts: Texts, config: PreTrainedConfig) -> None:
-    """Refuse windows longer than the model's positions."""
-    limit = getattr(config, "max_position_embeddings", None)
-    for windows in (texts.calibration, texts.evaluation):
-        if windows is not None and limit is not None and windows.ids.shape[1] > limit:
-            raise InvalidRequest(f"--sequence-length {windows.ids.shape[1]} exceeds the model's {limit} positions")
+    return Texts(calibration, TokenWindows(ids[config.samples :].contiguous()) if extra else evaluation)
 
 
 def check_resources(config: RunConfig, model_config: PreTrainedConfig) -> None:
@@ -134,16 +142,20 @@ def check_resources(config: RunConfig, model_config: PreTrainedConfig) -> None:
     Memory is estimated from below, as what must be held at once: the dense and the compressed weights, one layer's
     statistics with the solver's copies of them, and two sets of hidden states.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    layers = model_geometry(model)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+        layers = model_geometry(model)
+        width, hidden = max(layer.modules["mlp"].full for layer in layers), model_config.hidden_size
+    except Exception as error:  # a config can be valid by itself and still describe no model
+        message = " ".join(str(error).split())
+        raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     average_sparsity(layers, config.modules, config.ratio, config.align)
 
     item = _item_size(config, model_config)
     blocks = sum(layer.parameters for layer in layers) * item
     total = sum(parameter.numel() for parameter in model.parameters()) * item
     compressed = total - config.ratio * blocks
-    width, hidden = max(layer.modules["mlp"].full for layer in layers), model_config.hidden_size
     states = 2 * config.samples * config.sequence_length * hidden * item
     solve = 8 * (4 * width**2 + 2 * hidden**2)
     weights = total + (1 - config.ratio) * blocks
@@ -171,10 +183,12 @@ def check_resources(config: RunConfig, model_config: PreTrainedConfig) -> None:
 
 
 def _item_size(config: RunConfig, model_config: PreTrainedConfig) -> int:
-    dtype = getattr(torch, config.dtype, None) if config.dtype != "auto" else getattr(model_config, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return dtype.itemsize if isinstance(dtype, torch.dtype) and not config.model.endswith(".gguf") else 4
+    """Bytes of a weight once loaded."""
+    name: Any = config.dtype
+    if name == "auto":
+        name = "float32" if config.model.endswith(".gguf") else getattr(model_config, "dtype", None)
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
 
 
 def _perplexities(
@@ -187,10 +201,9 @@ def _perplexities(
     if windows is None:
         return None
     values = []
-    with progress.phase("evaluate", 2):
+    with progress.phase("evaluate", 2 * math.ceil(len(windows) / config.batch_size)):
         for model in (dense, compressed):
-            values.append(perplexity(model, windows, config.batch_size))
-            progress.advance()
+            values.append(perplexity(model, windows, config.batch_size, progress))
     return Pair(dense=values[0], compressed=values[1])
 
 
@@ -202,16 +215,18 @@ def _evaluation_facts(config: RunConfig, windows: TokenWindows | None) -> TextFa
 
 def open_model(
     address: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A dense or compressed model with its tokenizer, ready for inference."""
+) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, Callable[[], PreTrainedModel]]:
+    """A dense or compressed model's tokenizer, its config, and how to load it for inference, once all is checked."""
     source = ModelSource(address, trust_remote_code)
     source.check()
     device = usable_device(device)
     if dtype not in get_args(Dtype):
         raise InvalidRequest(f"--dtype {dtype!r}: use one of {', '.join(get_args(Dtype))}")
-    if source.config().model_type in COMPRESSED_TYPES:
-        return load(address, dtype=dtype, device=device), source.tokenizer()
-    return source.model(cast(Dtype, dtype), device), source.tokenizer()
+    config, tokenizer = source.config(), source.tokenizer()
+    check_vocabulary(tokenizer, config)
+    if config.model_type in COMPRESSED_TYPES:
+        return tokenizer, config, lambda: load(address, dtype=dtype, device=device)
+    return tokenizer, config, lambda: source.model(cast(Dtype, dtype), device)
 
 
 def evaluate_perplexity(
@@ -229,18 +244,17 @@ def evaluate_perplexity(
     """Perplexity of the model at ``address`` on the first ``samples`` windows of ``text`` (all where None)."""
     progress = progress or Progress()
     check_source(text, option="--perplexity")
-    for name, value, least in (
-        ("samples", samples, 1),
-        ("sequence-length", sequence_length, 2),
-        ("batch-size", batch_size, 1),
-    ):
-        if value is not None and value < least:
-            raise InvalidRequest(f"--{name} {value}: must be at least {least}")
-    with progress.phase("load", 1):
-        model, tokenizer = open_model(address, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    ids = tokenize(tokenizer, read_text(text, evaluation=True))
+    least = {"samples": (samples, 1), "sequence-length": (sequence_length, 2), "batch-size": (batch_size, 1)}
+    for name, (value, smallest) in least.items():
+        if value is not None and value < smallest:
+            raise InvalidRequest(f"--{name} {value}: must be at least {smallest}")
+    tokenizer, config, open_it = open_model(address, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    check_length(sequence_length, config)
+    with progress.phase("text"):
+        ids = tokenize(tokenizer, read_text(text, evaluation=True))
     count = max(1, len(ids) // sequence_length) if samples is None else samples
     windows = first_windows(ids, count, sequence_length, what=f"--perplexity {text}")
-    check_windows(Texts(None, windows), model.config)
-    with progress.phase("evaluate", 1):
-        return perplexity(model, windows, batch_size), windows
+    with progress.phase("load"):
+        model = open_it()
+    with progress.phase("evaluate", math.ceil(len(windows) / batch_size)):
+        return perplexity(model, windows, batch_size, progress), windows

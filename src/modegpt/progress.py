@@ -14,12 +14,17 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, steps: int) -> Iterator[None]:
-        """Enter a phase of ``steps`` steps; its wall-clock time is kept in ``seconds``."""
+    def phase(self, name: str, steps: int | None = None) -> Iterator[None]:
+        """Enter a phase; its wall-clock time is kept in ``seconds``.
+
+        It has ``steps`` steps, each ended by :meth:`advance`; without, one that ends with the phase.
+        """
         started = time.perf_counter()
-        self._start(name, steps)
+        self._start(name, steps or 1)
         try:
             yield
+            if steps is None:
+                self.advance()
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self._stop()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -94,14 +94,14 @@ class CompressionReport(_Facts):
     seconds: dict[str, float]
     peak_memory_bytes: int
     peak_device_memory_bytes: int | None
-    layers: list[LayerFacts]
+    layers: list[LayerFacts] = Field(min_length=1)
 
     def write(self, directory: Path) -> None:
         """Write ``compression.json`` into ``directory``: readable at its head, one line for every layer."""
         facts = self.model_dump(mode="json")
         layers = ",\n".join(f"  {json.dumps(layer)}" for layer in facts.pop("layers"))
         head = json.dumps(facts, indent=1).removesuffix("\n}")
-        (directory / REPORT_FILE).write_text(f'{head},\n "layers": [\n{layers}\n ]\n}}\n')
+        (directory / REPORT_FILE).write_text(f'{head},\n "layers": [\n{layers}\n ]\n}}\n', encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> CompressionReport:
@@ -123,6 +123,7 @@ def build_report(
     config: CompressionConfig,
     calibration: TextFacts,
     *,
+    command: str,
     source: str | None = None,
     evaluation: TextFacts | None = None,
     perplexity: Pair | None = None,
@@ -133,7 +134,7 @@ def build_report(
     everything = [_parameters(model) for model in models]
     stored = [_stored_bytes(model) for model in models]
     return CompressionReport(
-        command=command_line(),
+        command=command,
         versions=versions(),
         source=source or dense.name_or_path or type(dense).__name__,
         dtype=str(dense.dtype).removeprefix("torch."),
@@ -145,12 +146,17 @@ def build_report(
         block_parameters=Pair(dense=blocks[0], compressed=blocks[1]),
         parameters=Pair(dense=everything[0], compressed=everything[1]),
         bytes=Pair(dense=stored[0], compressed=stored[1]),
-        temperature=result.choice.temperature,
+        temperature=_finite(result.choice.temperature),
         seconds=result.seconds,
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=peak_device_memory(dense.device),
         layers=_layer_facts(result.layers, result.choice.scores),
     )
+
+
+def _finite(value: float | None) -> float | None:
+    """None for the infinite temperature of a uniform allocation, which JSON cannot hold."""
+    return None if value is None or math.isinf(value) else value
 
 
 def _parameters(module: nn.Module) -> int:
@@ -199,12 +205,3 @@ def peak_memory() -> int:
 def peak_device_memory(device: torch.device) -> int | None:
     """Largest memory held on a CUDA device so far, in bytes; None elsewhere."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def command_line() -> str:
-    """The command that started this process, without the path of the interpreter or program."""
-    program = Path(sys.argv[0])
-    is_module = program.name == "__main__.py"
-    name = program.parent.name if is_module else program.name
-    prefix = ["python", "-m"] if is_module and name != "modegpt" else []
-    return shlex.join([*prefix, name, *sys.argv[1:]])

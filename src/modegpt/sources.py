@@ -95,17 +95,18 @@ class ModelSource:
 
 def load_causal_lm(address: str | Path, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """``AutoModelForCausalLM.from_pretrained`` with its report on missing, unexpected and mismatched tensors."""
+    arguments.setdefault("trust_remote_code", False)  # unset, Transformers asks, and a "y" on the input is enough
     loaded: Any = AutoModelForCausalLM.from_pretrained(address, output_loading_info=True, **arguments)
     return loaded[0], loaded[1]
 
 
 def usable_device(name: str) -> str:
-    """``name`` itself, or for ``auto`` the GPU where there is one; refuses a device that is not usable here."""
+    """``name`` itself, or for ``auto`` the GPU where there is one; refuses a device that cannot compute in float64."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, dtype=torch.float64, device=name).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InvalidRequest(f"--device {name!r} is not usable here: {str(error).splitlines()[0]}") from error
     return name
 
@@ -125,7 +126,9 @@ def _check_directory(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    except (ValueError, KeyError, AttributeError) as error:
+        if not all(isinstance(name, str) for name in shards):
+            raise TypeError("shard names must be strings")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InvalidRequest(f"{index} is not a safetensors index: {error}") from error
     for name in shards or ["model.safetensors"]:
         file = path / name

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import nn
@@ -136,15 +135,22 @@ def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], like: nn.Modu
     state = {
         name: tensors[name].to(reference.device, reference.dtype if tensors[name].is_floating_point() else None)
         if name in tensors
-        else source[name]
+        else source[name].clone()
         for name in module.state_dict()
     }
     module.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
 
 
-def share(module: nn.Module, source: nn.Module, *, outside: str) -> None:
-    """Let ``module`` use the very parameters and buffers of ``source`` whose name does not begin with ``outside``."""
-    for name, tensor in chain(source.named_parameters(remove_duplicate=False), source.named_buffers()):
+def copy_rest(module: nn.Module, source: nn.Module, *, outside: str) -> None:
+    """Give ``module`` copies of the parameters and buffers of ``source`` whose name does not begin with ``outside``."""
+    for name, parameter in source.named_parameters():  # tied ones once: the model ties them again
         if not name.startswith(outside):
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, tensor)
+            _set(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+    for name, buffer in source.named_buffers():
+        if not name.startswith(outside):
+            _set(module, name, buffer.clone())
+
+
+def _set(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner), leaf, tensor)

@@ -32,7 +32,8 @@ def svd_decomposition(gram: torch.Tensor, value: torch.Tensor, output: torch.Ten
     Several heads (appendix B.1): W_v' = C^(-1/2) U_k,  W_o,j' = S_k V_k^T W_o,j.
 
     No root of C is formed: W_v^T C W_v = V S^2 V^T is head-sized, and C^(-1/2) U = W_v V S^-1 (on the range
-    of C, which is all the calibration data can see). Directions the data do not excite, below
+    of C, which is all the calibration data can see). Channels are then scaled so that W_v' and W_o' share
+    their size evenly. Directions the data do not excite, below
     ``sqrt(h eps)`` of the largest singular value, are zero. Full rank returns the weights as they are.
     """
     if rank == value.shape[1]:
@@ -48,11 +49,19 @@ def svd_decomposition(gram: torch.Tensor, value: torch.Tensor, output: torch.Ten
     mixed = (singular[:, None] * basis.T) @ output  # S V^T W_o,j: (g, h, d)
     norm = float(mixed.square().sum())
     if output.shape[0] > 1:
-        return SVDDecomposition(
-            whiten[:, :rank], mixed[:, :rank], error=float(mixed[:, rank:].square().sum()), norm=norm
-        )
+        thin_value, thin_output = _balance(whiten[:, :rank], mixed[:, :rank])
+        return SVDDecomposition(thin_value, thin_output, error=float(mixed[:, rank:].square().sum()), norm=norm)
     left, second, right = torch.linalg.svd(mixed[0], full_matrices=False)  # U', S', V'^T
-    thin_output = second[:rank, None] * right[:rank]
-    return SVDDecomposition(
-        whiten @ left[:, :rank], thin_output[None], error=float(second[rank:].square().sum()), norm=norm
-    )
+    thin_value, thin_output = _balance(whiten @ left[:, :rank], (second[:rank, None] * right[:rank])[None])
+    return SVDDecomposition(thin_value, thin_output, error=float(second[rank:].square().sum()), norm=norm)
+
+
+def _balance(value: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale each channel so that its value column and its output rows are equally long.
+
+    The product is the same. Unbalanced, values would have unit energy over all calibration tokens together,
+    so their weights would shrink with the amount of text and leave the range of 16-bit formats.
+    """
+    columns, rows = value.norm(dim=0), output.norm(dim=(0, 2))
+    scale = torch.where((columns > 0) & (rows > 0), (rows / columns).sqrt(), 1.0)
+    return value * scale, output / scale[:, None]

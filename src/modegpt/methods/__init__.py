@@ -3,6 +3,6 @@
 from .base import Method, Solution
 from .modegpt import ModeGPT
 
-METHODS: dict[str, type[ModeGPT]] = {ModeGPT.name: ModeGPT}
+METHODS: dict[str, type[Method]] = {ModeGPT.name: ModeGPT}
 
 __all__ = ["METHODS", "Method", "ModeGPT", "Solution"]

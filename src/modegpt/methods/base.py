@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
 
 Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights)
 
@@ -37,6 +40,11 @@ class Method(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: CompressionConfig) -> Method:
+        """The method with those of the run's options that concern it."""
 
     @abstractmethod
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics, rank: int) -> Solution[MLPWeights]:

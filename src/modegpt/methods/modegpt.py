@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..decompositions import cr_decomposition, nystrom_decomposition, svd_decomposition
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 from .base import Method, Solution
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
 
 
 class ModeGPT(Method):
@@ -18,6 +23,11 @@ class ModeGPT(Method):
 
     def __init__(self, ridge: float) -> None:
         self.ridge = ridge
+
+    @classmethod
+    def from_config(cls, config: CompressionConfig) -> ModeGPT:
+        """With the ridge that ``config`` gives."""
+        return cls(config.ridge)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics, rank: int) -> Solution[MLPWeights]:
         """Algorithm 1."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from . import modeling_modegpt_llama
 from .modeling_modegpt import CompactAttention, Family, LayerSizes, layer_sizes, stock_config
@@ -22,9 +29,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CompressedFamily:
-    """A family's description with the classes of its compressed form."""
+    """A family's description with its stock class and the classes of its compressed form."""
 
     description: Family
+    stock: type[PreTrainedModel]
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
@@ -44,6 +52,7 @@ class CompressedFamily:
 FAMILIES: dict[str, CompressedFamily] = {
     "llama": CompressedFamily(
         modeling_modegpt_llama.FAMILY,
+        LlamaForCausalLM,
         modeling_modegpt_llama.ModeGPTLlamaConfig,
         modeling_modegpt_llama.ModeGPTLlamaModel,
         modeling_modegpt_llama.ModeGPTLlamaForCausalLM,

@@ -46,6 +46,11 @@ class Family:
     #: The module whose input is the residual stream between attention and MLP.
     middle: str = "post_attention_layernorm"
 
+    @property
+    def attention_maps(self) -> tuple[str, str, str, str]:
+        """The names of the four linear maps inside the attention module."""
+        return self.query, self.key, self.value, self.output
+
 
 @dataclass(frozen=True)
 class LayerSizes:
@@ -133,9 +138,7 @@ class CompactAttention(nn.Module):
         self.qk_head_dim, self.v_head_dim, self.head_dim = sizes.qk_head_dim, sizes.v_head_dim, sizes.head_dim
 
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        query, key, value, output = (
-            getattr(dense, name) for name in (family.query, family.key, family.value, family.output)
-        )
+        query, key, value, output = (getattr(dense, name) for name in family.attention_maps)
         self.q_proj = _linear_like(query, out_features=heads * self.qk_head_dim)
         self.k_proj = _linear_like(key, out_features=groups * self.qk_head_dim)
         self.v_proj = _linear_like(value, out_features=groups * self.v_head_dim)
