@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py

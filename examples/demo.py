@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
-PROMPT = "What is the capital of France, and what is it known for?"
+PROMPT = "In Python, a class is"
 HELD_OUT_EVERY = 5
 
 
@@ -57,11 +57,11 @@ def main() -> None:
     modegpt(
         *("compress", model, "--ratio", 0.3, "--output", compressed, "--overwrite"),
         *("--calibration", calibration, "--evaluate", held_out, "--evaluation-samples", 8),
-        *("--samples", 32, "--sequence-length", 1024),
+        *("--samples", 32, "--sequence-length", 1024, "--temperature", 0.03),
     )
     modegpt("inspect", compressed)
     for name in (model, compressed):
-        modegpt("generate", name, PROMPT, "--chat", "--max-new-tokens", 48)
+        modegpt("generate", name, PROMPT, "--max-new-tokens", 48)
     print(f"\nThe compressed model is in {compressed}: AutoModelForCausalLM.from_pretrained loads it.")
 
 

@@ -171,7 +171,7 @@ def sample_from_model(model: PreTrainedModel, start_token: int, count: int, leng
                 sampled = model.generate(prompt, attention_mask=torch.ones_like(prompt))  # type: ignore[operator]
                 rows.append(sampled[:, 1:].cpu())
     except RuntimeError as error:  # how torch.multinomial reports NaN
-        raise NumericalError(f"sampling text from the model failed: {str(error).splitlines()[0]}") from error
+        raise NumericalError(f"sampling text from the model failed: {' '.join(str(error).split())}") from error
     finally:
         model.generation_config = own
     return TokenWindows(torch.cat(rows).contiguous())
