@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,13 +79,11 @@ def main() -> None:
         if any(row.items() >= setting.items() for row in done):
             continue
         config = CompressionConfig.validated(**setting)
-        started = time.perf_counter()
         with engine.active():
             choice = engine.choose_ranks(config, influence)
             result = engine.compress(
                 METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
             )
-        seconds = time.perf_counter() - started
         report = build_report(model, result, config, TextFacts.of(Path(arguments.train).name, train))
         row = {
             "method": config.method,
@@ -97,7 +94,6 @@ def main() -> None:
             "temperature_used": choice.temperature,
             "perplexity": round(perplexity(result.model, test), 4),
             "dense_perplexity": round(dense, 4),
-            "seconds": round(seconds, 1),
         }
         done.append(row)
         print(json.dumps(row), flush=True)
