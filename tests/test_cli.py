@@ -527,6 +527,16 @@ def test_an_empty_output_directory_is_used(tiny_checkpoint: Path, text_file: Pat
     compress(tiny_checkpoint, tmp_path / "small", text_file, "--evaluate", "none")
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "[red]text.txt"
+    text.write_text(text_file.read_text())
+    run = compress(tiny_checkpoint, tmp_path / "small[bold]", text, "--evaluate", "held-out")
+    assert "small[bold]" in run.outcome.out
+    assert "[red]text.txt" in re.sub(r"\s", "", run_cli("inspect", tmp_path / "small[bold]").out)
+
+
 def test_missing_parents_of_the_output_directory_are_made(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import modegpt
-from helpers import tiny_llama
+from helpers import tiny_llama, tiny_tokenizer
 from modegpt.budget import LayerRanks
 from modegpt.data import TokenWindows
 from modegpt.engine import Choice, Engine
@@ -299,3 +299,30 @@ def test_a_dense_model_is_not_a_compressed_checkpoint(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "dense")
     with pytest.raises(modegpt.CheckpointError):
         modegpt.load(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_loading_never_runs_code_from_the_directory(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Not even when the question Transformers would ask is answered with yes."""
+    canary = tmp_path / "canary"
+    (saved / "evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    config = json.loads((saved / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    config["model_type"] = config["model_type"] if known else "evil"
+    (saved / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    if known:
+        modegpt.load(saved)
+    else:
+        with pytest.raises(modegpt.CheckpointError):
+            modegpt.load(saved)
+    assert not canary.exists()
+
+
+def test_text_generation_pipeline_runs() -> None:
+    tokenizer = tiny_tokenizer("a few words " * 20)
+    generate = pipeline("text-generation", model=compressed(vocab_size=320), tokenizer=tokenizer)
+    assert generate("a few", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("a few")

@@ -426,6 +426,18 @@ def test_the_current_directory_is_refused(
         assert "is the current directory" in refuse_options("--output", name)
 
 
+def test_the_current_directory_is_no_output(
+    refuse_options: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "choose a directory inside it" in refuse_options("--output", ".")
+
+
+def test_a_mount_point_is_no_output(refuse_options: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "small")
+    assert "choose a directory inside it" in refuse_options()
+
+
 def test_an_output_that_is_a_file_is_refused(refuse_options: Refuse, tmp_path: Path) -> None:
     (tmp_path / "small").write_text("a file")
     assert "is a file; choose a directory" in refuse_options()
