@@ -185,7 +185,9 @@ def main() -> None:
 
 def _calm_libraries() -> None:
     """Our progress is the only one shown."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -189,7 +189,7 @@ def check_length(length: int, config: PreTrainedConfig) -> None:
     """Refuse windows longer than the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise InvalidRequest(f"--sequence-length {length} exceeds the model's {limit} positions")
+        raise InvalidRequest(f"--sequence-length {length} exceeds the model's {limit} positions; use at most that")
 
 
 def _require(available: int, needed: int, purpose: str, reserved: int = 0) -> None:

@@ -37,12 +37,13 @@ tags:
 
 ```python
 import modegpt
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
 ```
 
-Without modegpt installed, pass `trust_remote_code=True`: the modeling files are in this directory.
+Without modegpt installed, pass `trust_remote_code=True` to both: the modeling files are in this directory.
 `compression.json` holds every rank, kept index and error, the versions and the hash of the calibration tokens.
 
 ## Made by

@@ -90,7 +90,8 @@ class ModelSource:
             return reader(self.address, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # readers raise whatever their file format makes them stumble over
             message = " ".join(str(error).split())
-            raise InvalidRequest(f"MODEL {self.address!r}: its {what} cannot be read: {message}") from error
+            where = "" if Path(self.address).exists() else "no such directory here, and from the hub "
+            raise InvalidRequest(f"MODEL {self.address!r}: {where}its {what} cannot be read: {message}") from error
 
 
 def load_causal_lm(address: str | Path, **arguments: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
