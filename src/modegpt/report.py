@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .budget import Module
 from .config import CompressionConfig
 from .data import TokenWindows
-from .engine import Compression, LayerResult
+from .engine import Compression, LayerResult, ModuleResult
 from .errors import CheckpointError
 from .families import decoder_layers, family_of
 
@@ -57,21 +57,12 @@ class Pair(_Facts):
         return 1 - self.compressed / self.dense
 
 
-class ModuleFacts(_Facts):
-    """One compressed module: ``rank`` of ``full`` units, its relative output error, and what was kept."""
-
-    rank: int
-    full: int
-    relative_error: float
-    kept: list[int] | list[list[int]] | None
-
-
 class LayerFacts(_Facts):
     """One decoder layer."""
 
     sparsity: dict[Module, float]
     scores: list[float] | None
-    modules: dict[Module, ModuleFacts]
+    modules: dict[Module, ModuleResult]
 
 
 class CompressionReport(_Facts):
@@ -174,12 +165,7 @@ def _layer_facts(layers: Sequence[LayerResult], scores: Sequence[Sequence[float]
         LayerFacts(
             sparsity=dict(layer.sparsity),
             scores=None if scores is None else list(scores[index]),
-            modules={
-                name: ModuleFacts(
-                    rank=result.rank, full=result.full, relative_error=result.relative_error, kept=result.kept
-                )
-                for name, result in layer.modules.items()
-            },
+            modules=dict(layer.modules),
         )
         for index, layer in enumerate(layers)
     ]

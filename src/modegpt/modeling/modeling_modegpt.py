@@ -155,6 +155,7 @@ class CompactAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, d) to (B, T, d), and the attention weights (B, H, T, S) where the implementation returns them."""
         shape = hidden_states.shape[:-1]  # (B, T)
         query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)  # (B, H, T, d_qk)
         key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)  # (B, G, T, d_qk)
