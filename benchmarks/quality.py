@@ -28,6 +28,7 @@ from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows, first_windows, read_text, tokenize
 from modegpt.engine import Engine
 from modegpt.evaluation import perplexity
+from modegpt.layered import resident
 from modegpt.methods import METHODS
 from modegpt.report import TextFacts, build_report, versions
 from modegpt.sources import ModelSource
@@ -71,7 +72,7 @@ def main() -> None:
     dense = perplexity(model, test)
     print(f"dense: {dense:.3f}; {len(done)} rows are there already", flush=True)
     results |= {"dense_perplexity": round(dense, 4), "rows": done}
-    engine = Engine(model, train, batch_size=1)
+    engine = Engine(resident(model), train, batch_size=1)
     with engine.active():
         influence = engine.block_influence()
     settings = itertools.product(("dense", "sequential"), ALLOCATIONS, arguments.ratios)

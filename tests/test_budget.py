@@ -29,6 +29,7 @@ from modegpt.data import TokenWindows
 from modegpt.engine import Engine
 from modegpt.errors import InvalidRequest
 from modegpt.families import family_of, model_geometry
+from modegpt.layered import resident
 
 SUBSETS: list[tuple[Module, ...]] = [subset for size in (1, 2, 3) for subset in combinations(MODULES, size)]
 
@@ -76,7 +77,7 @@ def large_geometry(name: str) -> list[LayerGeometry]:
 
 def compressed(model: PreTrainedModel, ranks: Sequence[LayerRanks]) -> PreTrainedModel:
     """The compressed model of these ranks, without weights."""
-    config = Engine(model, TokenWindows(torch.zeros(1, 2, dtype=torch.int64)), 1).compressed_config(ranks)
+    config = Engine(resident(model), TokenWindows(torch.zeros(1, 2, dtype=torch.int64)), 1).compressed_config(ranks)
     with torch.device("meta"):
         return family_of(model).causal_lm(config)
 

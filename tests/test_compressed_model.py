@@ -19,9 +19,11 @@ import modegpt
 from helpers import tiny_llama, tiny_tokenizer
 from modegpt.budget import LayerRanks
 from modegpt.data import TokenWindows
-from modegpt.engine import Choice, Engine
+from modegpt.engine import Engine
+from modegpt.layered import resident
 from modegpt.methods import ModeGPT
 from modegpt.modeling import CompactAttention
+from modegpt.results import Choice
 
 RANKS = [LayerRanks(mlp=30, qk=3, vo=4), LayerRanks(mlp=20, qk=2, vo=7), LayerRanks(mlp=48, qk=4, vo=8)]
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -31,7 +33,7 @@ def compressed(**overrides: object) -> PreTrainedModel:
     """Layers with values narrower than, wider than, and as wide as queries and keys."""
     model = tiny_llama(**overrides)
     windows = TokenWindows(torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(1)))
-    engine = Engine(model, windows, 4)
+    engine = Engine(resident(model), windows, 4)
     with engine.active():
         return engine.compress(ModeGPT(1e-4), Choice(RANKS, [{}] * 3), sequential=True).model
 
@@ -227,7 +229,7 @@ def test_casting_keeps_the_rotary_pairs(saved: Path) -> None:
 def test_scaled_rotary_embeddings_survive(rope: dict[str, object], tmp_path: Path) -> None:
     parameters = {"rope_parameters": {"rope_theta": 10000.0, **rope}}
     dense = tiny_llama(**parameters)
-    engine = Engine(dense, TokenWindows(IDS), 2)
+    engine = Engine(resident(dense), TokenWindows(IDS), 2)
     with engine.active():
         full = engine.compress(ModeGPT(1e-4), Choice([LayerRanks(48, 4, 8)] * 3, [{}] * 3), sequential=True).model
     long = torch.arange(100)[None]

@@ -15,9 +15,11 @@ from modegpt.budget import LayerRanks, kept_parameters
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.decompositions import cr_decomposition, nystrom_decomposition, svd_decomposition
-from modegpt.engine import Choice, Compression, Engine, compress_model
+from modegpt.engine import Compression, Engine, compress_model
 from modegpt.families import decoder_layers, family_of, model_geometry
+from modegpt.layered import resident
 from modegpt.methods import ModeGPT
+from modegpt.results import Choice
 
 RIDGE = 1e-4
 FULL = LayerRanks(mlp=48, qk=4, vo=8)
@@ -31,7 +33,7 @@ def windows(count: int = 6, length: int = 16, seed: int = 1) -> TokenWindows:
 def compress_to(
     model: LlamaForCausalLM, ranks: list[LayerRanks], *, sequential: bool, batch_size: int = 2
 ) -> Compression:
-    engine = Engine(model, windows(), batch_size)
+    engine = Engine(resident(model), windows(), batch_size)
     with engine.active():
         return engine.compress(ModeGPT(RIDGE), Choice(ranks, [{} for _ in ranks]), sequential=sequential)
 
@@ -297,7 +299,7 @@ def test_split_scores_give_attention_and_mlp_their_own_sparsity() -> None:
 
 def test_block_influence_is_one_minus_the_mean_cosine() -> None:
     model = tiny_llama()
-    engine = Engine(model, windows(), batch_size=4)
+    engine = Engine(resident(model), windows(), batch_size=4)
     with engine.active():
         scores = engine.block_influence()
     with torch.no_grad():

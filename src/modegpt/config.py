@@ -83,6 +83,10 @@ class CompressionConfig(BaseModel):
             return tuple(module for module in MODULES if module in value)
         return value
 
+    def settings(self) -> dict[str, Any]:
+        """The options that the result depends on."""
+        return self.model_dump(mode="json")
+
     @classmethod
     def validated(cls, **values: Any) -> Self:
         """Build a config, turning pydantic's report into one :class:`InvalidRequest` line."""
@@ -117,8 +121,21 @@ class RunConfig(CompressionConfig):
         "auto", description="Weight dtype: auto (the checkpoint's; float32 for GGUF), float32, bfloat16 or float16."
     )
     device: str = Field("auto", description="Device: auto, cpu, cuda, cuda:1, ...")
+    devices: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Processes that share the work on this machine: a number, or 'auto' for one on every GPU. "
+        "For several machines, start the same command with torchrun.",
+    )
+    offload_folder: Path | None = Field(
+        None, description="Keep the calibration's hidden states in this folder instead of in memory."
+    )
+    restart: bool = Field(False, description="Throw away what an interrupted run into the same output has finished.")
     overwrite: bool = Field(False, description="Replace an earlier compressed checkpoint in the output directory.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the MODEL. Off by default.")
+
+    def settings(self) -> dict[str, Any]:
+        """All but how the run is carried out and where its result goes."""
+        return self.model_dump(mode="json", exclude={"output", "devices", "offload_folder", "restart", "overwrite"})
 
     @field_validator("model", "output", "calibration", "evaluate")
     @classmethod

@@ -20,8 +20,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .budget import MODULES
+from .plan import Plan
 from .progress import Progress
-from .report import CompressionReport
+from .report import CompressionReport, RunFacts
 
 PHASES = {
     "text": "Reading text",
@@ -107,7 +108,54 @@ def say(console: Console, line: str) -> None:
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def summary_table(report: CompressionReport) -> Table:
+def plan_line(plan: Plan) -> str:
+    """The plan in one line."""
+    parts = [f"peak memory {gigabytes(plan.host_peak)}"]
+    if plan.device:
+        parts.append(f"GPU memory {gigabytes(plan.device_peak)}")
+    parts.append(f"disk {gigabytes(plan.disk_peak + plan.offload)}")
+    parts.append(f"{plan.flops / 1e12:,.1f} TFLOP")
+    if plan.seconds is not None:
+        parts.append(f"about {duration(plan.seconds)}")
+    return f"Plan: {', '.join(parts)}"
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan in full."""
+    table = Table(title="Plan (for each process)", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_column("", justify="right")
+    sums = [("Peak memory", plan.host), ("Peak GPU memory", plan.device), ("Disk", plan.disk)]
+    for title, parts in sums:
+        for part in parts:
+            table.add_row(f"  {part.name}", gigabytes(part.bytes), "")
+        if parts:
+            total = gigabytes(sum(part.bytes for part in parts))
+            table.add_row(f"[bold]{title}", f"[bold]{total}", "", end_section=True)
+    if plan.offload:
+        table.add_row("[bold]Offload folder", f"[bold]{gigabytes(plan.offload)}", "", end_section=True)
+    for phase in plan.phases:
+        seconds = "" if phase.seconds is None else duration(phase.seconds)
+        table.add_row(f"  {phase.name}", f"{phase.flops / 1e12:,.2f} TFLOP", seconds)
+    total = "" if plan.seconds is None else f"[bold]{duration(plan.seconds)}"
+    table.add_row("[bold]All phases", f"[bold]{plan.flops / 1e12:,.2f} TFLOP", total)
+    return table
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in decimal gigabytes."""
+    return f"{count / 1e9:,.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as they suit."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Table:
     """The outcome of a compression."""
     table = Table(title="Compression", show_header=True, title_justify="left")
     for column in ("", "dense", "compressed", "removed"):
@@ -125,12 +173,13 @@ def summary_table(report: CompressionReport) -> Table:
     if report.perplexity and report.evaluation:
         label = escape(f"Perplexity ({report.evaluation.source})")
         table.add_row(label, f"{report.perplexity.dense:.3f}", f"{report.perplexity.compressed:.3f}", "")
-    table.add_section()
-    for name, seconds in report.seconds.items():
-        table.add_row(escape(f"Time: {PHASES.get(name, name).lower()}"), "", f"{seconds:.1f} s", "")
-    table.add_row("Peak memory", "", megabytes(report.peak_memory_bytes), "")
-    if report.peak_device_memory_bytes is not None:
-        table.add_row("Peak device memory", "", megabytes(report.peak_device_memory_bytes), "")
+    if run is not None:
+        table.add_section()
+        for name, seconds in run.seconds.items():
+            table.add_row(escape(f"Time: {PHASES.get(name, name).lower()}"), "", f"{seconds:.1f} s", "")
+        table.add_row("Peak memory", "", megabytes(run.peak_memory_bytes), "")
+        if run.peak_device_memory_bytes is not None:
+            table.add_row("Peak device memory", "", megabytes(run.peak_device_memory_bytes), "")
     return table
 
 

@@ -1,118 +1,144 @@
-"""The layer-by-layer engine: token windows in, a compressed model out.
+"""The layer-by-layer engine: token windows in, compressed layers out.
 
 For every decoder layer in turn: run the calibration windows through the dense layer and gather its
-statistics, solve its modules, write the compressed layer, and pass on the layer's outputs. One layer
-is live at a time; everything else of the model's forward (masks, positions, embeddings) is the stock
-model's own code.
+statistics, solve its modules, keep the compressed layer, and pass on the layer's outputs. One layer is live at
+a time; everything else of the model's forward (masks, positions, embeddings) is the stock model's own code.
+The same loop serves a model in memory and one that is read layer by layer, a new run and a resumed one, one
+worker and many.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .activations import Activations, DiskActivations
 from .allocation import allocate
 from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_sparsity
 from .config import CompressionConfig
+from .costs import Sizes, solve_flops, spread
 from .data import TokenWindows
-from .errors import NumericalError
-from .families import base_model, decoder_layers, family_of, model_geometry
+from .errors import InvalidRequest, NumericalError
+from .evaluation import Loss
+from .families import model_geometry
+from .journal import Journal
+from .layered import LayeredModel, place, resident
 from .methods import METHODS, Method, Solution
+from .parallel import Workers
 from .progress import Progress
+from .results import Choice, LayerResult, ModuleResult
 from .runner import InputCapture, LayerRunner
 from .statistics import LayerStatistics, StatisticsCollector, observable
-from .weights import LayerWeights, assign, copy_rest, layer_tensors, read_layer
+from .weights import (
+    cast_like,
+    complete,
+    copy_rest,
+    mlp_tensors,
+    query_key_tensors,
+    read_mlp,
+    read_query_key,
+    read_value_output,
+    value_output_tensors,
+)
 
-
-@dataclass(frozen=True)
-class ModuleResult:
-    """What happened to one module: ``rank`` of ``full`` units, relative output error, kept indices (None if mixed)."""
-
-    rank: int
-    full: int
-    relative_error: float
-    kept: list[int] | list[list[int]] | None
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What happened to one decoder layer."""
-
-    sparsity: Mapping[Module, float]
-    modules: Mapping[Module, ModuleResult]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How much every layer keeps, and why."""
-
-    ranks: list[LayerRanks]
-    sparsity: list[dict[Module, float]]
-    scores: list[list[float]] | None = None
-    """Block-influence scores per layer (one, or attention and MLP), where the allocation used them."""
-    temperature: float | None = None
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Compression:
     """A compressed model and how it came about."""
 
-    model: PreTrainedModel
+    thin: LayeredModel
     layers: list[LayerResult]
     choice: Choice
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock time by phase."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The compressed model; its layers are on the meta device where a journal has them."""
+        return self.thin.model
 
 
 def compress_model(
     model: PreTrainedModel, windows: TokenWindows, config: CompressionConfig, progress: Progress | None = None
 ) -> Compression:
     """Compress a stock causal language model with calibration ``windows``; the model itself is not changed."""
-    engine = Engine(model, windows, config.batch_size, progress or Progress())
+    engine = Engine(resident(model), windows, config.batch_size, progress=progress)
     with engine.active():
-        choice = engine.choose_ranks(config)
-        return engine.compress(
-            METHODS[config.method].from_config(config), choice, sequential=config.statistics == "sequential"
-        )
+        return engine.run(config)
 
 
 class Engine:
-    """One run over a stock model: scores, ranks, then the layer loop. Use within :meth:`active`."""
+    """One run over a stock model: scores, ranks, then the layer loop. Use within :meth:`active`.
+
+    ``workers`` share the windows and the solving. With a ``journal`` (the first worker's), finished layers go to
+    disk and out of memory, and those already there are not done again. ``offload`` is a folder for the hidden
+    states, for a machine whose memory cannot hold them.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, windows: TokenWindows, batch_size: int, progress: Progress | None = None
+        self,
+        dense: LayeredModel,
+        windows: TokenWindows,
+        batch_size: int,
+        *,
+        progress: Progress | None = None,
+        workers: Workers | None = None,
+        journal: Journal | None = None,
+        offload: Path | None = None,
     ) -> None:
-        self.model = model
+        self.dense = dense
+        self.family = dense.family
         self.progress = progress or Progress()
-        self.family = family_of(model)
-        self.layers = decoder_layers(model, self.family)
-        self._attention = model.config._attn_implementation
-        self._batches = list(windows.batches(batch_size))
-        self._runner = LayerRunner(base_model(model), self.layers)
+        self.workers = workers or Workers()
+        self._journal = journal
+        self._durable = self.workers.tell(journal is not None)
+        self._offload = offload
+        self._batch_size = batch_size
+        self._attention = dense.model.config._attn_implementation
+        self._batches = self._own_batches(windows)
+        self._runner = LayerRunner(dense, self._batches, self.workers)
+        self._geometry = model_geometry(dense.model)
+        self._sizes = Sizes.of(dense.model)
+        if len(windows.ids) and self.workers.size > -(-len(windows) // batch_size):
+            raise InvalidRequest(
+                f"{self.workers.size} processes have {-(-len(windows) // batch_size)} batches to share; "
+                "use fewer --devices, more --samples or a smaller --batch-size"
+            )
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Prepare the model for single-layer runs; it is as before afterwards."""
-        training = self.model.training
-        self.model.eval()
+        model = self.dense.model
+        training = model.training
+        model.eval()
         try:
-            with observable(self.model), self._runner.active():
+            with observable(model):
                 yield
         finally:
-            self.model.train(training)
+            model.train(training)
+
+    def run(self, config: CompressionConfig) -> Compression:
+        """Everything that ``config`` asks for."""
+        choice = self.choose_ranks(config)
+        method = METHODS[config.method].from_config(config)
+        return self.compress(method, choice, sequential=config.statistics == "sequential", seed=config.seed)
 
     def choose_ranks(
         self, config: CompressionConfig, influence: Sequence[tuple[float, float, float]] | None = None
     ) -> Choice:
         """Decide how much every layer keeps. ``influence`` spares the pass that :meth:`block_influence` takes."""
-        geometry = model_geometry(self.model)
+        geometry = self._geometry
         average = average_sparsity(geometry, config.modules, config.ratio, config.align)
         if config.allocation == "uniform":
             uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
@@ -142,109 +168,200 @@ class Engine:
 
         ShortGPT's block influence over all real calibration tokens (paper, section 3.3 and B.11).
         """
+        known = self.workers.tell(self._journal.influence if self._journal else None)
+        if known is not None:
+            return known
         scores = []
-        with self.progress.phase("scores", len(self.layers)):
-            hidden: list[torch.Tensor | None] = [None] * len(self._batches)
-            for index, layer in enumerate(self.layers):
+        hidden = self._activations("scores", self._batches)
+        with self.progress.phase("scores", len(self.dense.layers)), self._runner.active():
+            for index in range(len(self.dense.layers)):
                 self.progress.detail("block influence")
-                totals, tokens = torch.zeros(3, dtype=torch.float64), 0
-                middle = InputCapture(layer.get_submodule(self.family.description.middle))
-                with middle.attached():
-                    for number, batch in enumerate(self._batches):
-                        entering, leaving = self._runner.run(index, batch, hidden[number])
-                        hidden[number] = _checked(leaving, index).cpu()
-                        stages = [_real(x, batch) for x in (entering, middle.value, leaving)]
-                        for slot, (start, end) in enumerate(((0, 2), (0, 1), (1, 2))):
-                            similarity = nn.functional.cosine_similarity(stages[start], stages[end], dim=-1)
-                            totals[slot] += (1 - similarity.double()).sum().cpu()
-                        tokens += len(stages[0])
-                whole, attention, mlp = (totals / tokens).tolist()
-                scores.append((whole, attention, mlp))
+                with self.dense.live(index) as layer:
+                    self.dense.prefetch(index + 1)
+                    scores.append(self._influence(index, layer, hidden))
                 self.progress.advance()
+        hidden.remove()
+        if self._journal:
+            self._journal.keep_influence(scores)
         return scores
 
-    def compress(self, method: Method, choice: Choice, *, sequential: bool) -> Compression:
-        """The layer loop: gather, solve, write, pass on."""
-        compressed = self._skeleton(choice.ranks)
-        thin_layers = decoder_layers(compressed, self.family)
-        thin_runner = LayerRunner(base_model(compressed), thin_layers)
-        results = []
-        hidden: list[torch.Tensor | None] = [None] * len(self._batches)
-        with self.progress.phase("compress", len(self.layers)), thin_runner.active():
-            for index, (layer, thin, rank) in enumerate(zip(self.layers, thin_layers, choice.ranks, strict=True)):
-                self.progress.detail("calibrating")
-                collector = StatisticsCollector(layer, self.family.description, self.model.config.num_key_value_heads)
-                outputs = self._calibrate(index, collector, hidden, keep=not sequential)
-                statistics = collector.result()
-                if not statistics.is_finite():
-                    raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
-                weights, modules = self._solve(method, layer, statistics, rank)
-                assign(thin, weights, like=layer)
-                results.append(LayerResult(choice.sparsity[index], modules))
-                if not sequential:
-                    hidden = outputs
-                elif index + 1 < len(self.layers):
-                    self.progress.detail("passing on")
-                    for number, batch in enumerate(self._batches):
-                        output = thin_runner.run(index, batch, hidden[number])[1]
-                        hidden[number] = _checked(output, index).cpu()
-                self.progress.advance()
-        return Compression(compressed, results, choice, self.progress.seconds)
+    def _influence(self, index: int, layer: nn.Module, hidden: Activations) -> tuple[float, float, float]:
+        middle = InputCapture(layer.get_submodule(self.family.description.middle))
+        totals = torch.zeros(4, dtype=torch.float64, device=self.dense.device)
 
-    def _calibrate(
-        self, index: int, collector: StatisticsCollector, hidden: Sequence[torch.Tensor | None], *, keep: bool
-    ) -> list[torch.Tensor | None]:
-        """Run every batch through dense layer ``index``, gathering statistics; returns the outputs to ``keep``."""
-        outputs: list[torch.Tensor | None] = []
+        def score(batch: TokenWindows, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+            stages = [_real(x, batch) for x in (entering, middle.value, leaving)]
+            for slot, (start, end) in enumerate(((0, 2), (0, 1), (1, 2))):
+                similarity = nn.functional.cosine_similarity(stages[start], stages[end], dim=-1)
+                totals[slot] += (1 - similarity.double()).sum()
+            totals[3] += len(stages[0])
+
+        with middle.attached():
+            self._runner.run_layer(index, hidden, after=score)
+        self.workers.sum(totals)
+        whole, attention, mlp = (totals[:3] / totals[3]).tolist()
+        return whole, attention, mlp
+
+    def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
+        """The layer loop: gather, solve, keep, pass on.
+
+        Layers that the journal already has are only passed through, and only as far as another one needs it.
+        """
+        count = len(self.dense.layers)
+        thin = self._skeleton(choice.ranks)
+        done = self.workers.tell(self._journal.finished if self._journal else {})
+        open_layers = [index for index in range(count) if index not in done]
+        hidden = self._activations("compress", self._batches)
+        start = 0
+        if open_layers and self._everywhere(hidden.restore(open_layers[0])):
+            start = open_layers[0]
+
+        thin_runner = LayerRunner(thin, self._batches, self.workers)
+        results: dict[int, LayerResult] = dict(done)
+        with self.progress.phase("compress", count), self._runner.active(), thin_runner.active():
+            for index in range(count):
+                needed = bool(open_layers) and start <= index < open_layers[-1]  # the outputs, by a later layer
+                through_dense = not sequential or self._whole(index, choice.ranks[index])
+                if index not in done:
+                    with self.dense.live(index) as layer:
+                        statistics = self._calibrate(index, layer, hidden, keep=needed and through_dense)
+                        self.dense.prefetch(index + 1)
+                        state, modules = self._solve(
+                            index, method, layer, thin.layers[index], statistics, choice.ranks[index], seed
+                        )
+                        del statistics
+                    results[index] = LayerResult(choice.sparsity[index], modules)
+                    self._keep(index, thin, state, results[index])
+                    del state
+                elif needed and through_dense:
+                    self._pass_on(self.dense, self._runner, index, hidden)
+                if needed and not through_dense:
+                    self._pass_on(thin, thin_runner, index, hidden)
+                self.progress.advance()
+        hidden.remove()
+        return Compression(thin, [results[index] for index in range(count)], choice, self.progress.seconds)
+
+    def perplexity(self, model: LayeredModel, windows: TokenWindows) -> float:
+        """Perplexity of the dense or the compressed ``model``, one layer at a time; as :func:`evaluation.perplexity`.
+
+        Advances the current phase once for every layer.
+        """
+        batches = self._own_batches(windows)
+        runner = LayerRunner(model, batches, self.workers)
+        hidden = self._activations("evaluate", batches)
+        with runner.active():
+            for index in range(len(model.layers)):
+                self._pass_on(model, runner, index, hidden)
+                self.progress.advance()
+            loss = Loss()
+            for number, batch in enumerate(batches):
+                for start, logits in runner.head(number, hidden):
+                    loss.add(logits, batch, start)
+        hidden.remove()
+        self.workers.sum(loss.totals)
+        return loss.perplexity()
+
+    def _calibrate(self, index: int, layer: nn.Module, hidden: Activations, *, keep: bool) -> LayerStatistics:
+        """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
+        self.progress.detail("calibrating")
+        collector = StatisticsCollector(layer, self.family.description, self.dense.model.config.num_key_value_heads)
         with collector.attached():
-            for batch, state in zip(self._batches, hidden, strict=True):
-                collector.next_batch(batch.mask, batch.tokens)
-                output = _checked(self._runner.run(index, batch, state)[1], index)
-                if keep:
-                    outputs.append(output.cpu())
-        return outputs
+            self._runner.run_layer(index, hidden, keep=keep, before=collector.next_batch)
+        statistics = collector.result(self.workers)
+        if not statistics.is_finite():
+            raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
+        return statistics
+
+    def _pass_on(self, model: LayeredModel, runner: LayerRunner, index: int, hidden: Activations) -> None:
+        self.progress.detail("passing on")
+        with model.live(index):
+            model.prefetch(index + 1)
+            runner.run_layer(index, hidden)
 
     def _solve(
-        self, method: Method, layer: nn.Module, statistics: LayerStatistics, rank: LayerRanks
-    ) -> tuple[dict[str, torch.Tensor], dict[Module, ModuleResult]]:
-        """Compress one layer's modules; returns the compressed layer's tensors and the results."""
-        config = self.model.config
-        description = self.family.description
-        weights = read_layer(layer, description, config.num_key_value_heads, config.num_attention_heads)
-        self.progress.detail("solving mlp")
-        mlp = method.mlp(weights.mlp, statistics, rank.mlp)
-        self.progress.detail("solving query-key")
-        query_key = method.query_key(weights.query_key, statistics, rank.qk)
-        self.progress.detail("solving value-output")
-        value_output = method.value_output(weights.value_output, statistics, rank.vo)
+        self,
+        index: int,
+        method: Method,
+        layer: nn.Module,
+        thin: nn.Module,
+        statistics: LayerStatistics,
+        rank: LayerRanks,
+        seed: int,
+    ) -> tuple[Tensors, dict[Module, ModuleResult]]:
+        """Compress one layer's modules, each on the worker that has the least to do so far.
 
-        assert query_key.kept is not None
-        tensors = layer_tensors(
-            LayerWeights(mlp.weights, query_key.weights, value_output.weights), query_key.kept, description
-        )
-        head_dim = weights.query_key.key.shape[-1]
-        return tensors, {
-            "mlp": _result(mlp, rank.mlp, len(weights.mlp.output)),
-            "qk": _result(query_key, rank.qk, head_dim // 2),
-            "vo": _result(value_output, rank.vo, weights.value_output.value.shape[-1]),
-        }
+        Returns, on every worker, the state of the compressed layer and the results.
+        """
+        costs = {module: solve_flops(module, self._sizes) for module in MODULES}
+        owners = spread(costs, self.workers.size)
+        solved: dict[Module, tuple[Tensors, ModuleResult]] = {}
+        with torch.random.fork_rng(devices=[self.dense.device] if self.dense.device.type == "cuda" else []):
+            for module in (module for module in MODULES if owners[module] == self.workers.rank):
+                # What a method draws depends on the place alone, not on how far this process has come.
+                torch.manual_seed(seed + len(MODULES) * index + MODULES.index(module))
+                self.progress.detail(f"solving {module}")
+                solution, tensors = self._solve_module(module, method, layer, statistics, getattr(rank, module))
+                full = self._geometry[index].modules[module].full
+                solved[module] = tensors, _result(solution, getattr(rank, module), full)
+        state: Tensors = {}
+        results: dict[Module, ModuleResult] = {}
+        for module in MODULES:
+            mine = solved.get(module)
+            own = None if mine is None else cast_like(mine[0], layer)
+            state |= self.workers.tensors(own, owners[module], self.dense.device)
+            result = self.workers.tell(None if mine is None else mine[1], owners[module])
+            assert result is not None
+            results[module] = result
+        return complete(thin, state, like=layer), results
 
-    def _skeleton(self, ranks: Sequence[LayerRanks]) -> PreTrainedModel:
+    def _solve_module(
+        self, module: Module, method: Method, layer: nn.Module, statistics: LayerStatistics, rank: int
+    ) -> tuple[Solution[Any], Tensors]:
+        family, sizes = self.family.description, self._sizes
+        if module == "mlp":
+            mlp = method.mlp(read_mlp(layer, family), statistics, rank)
+            return mlp, mlp_tensors(mlp.weights, family)
+        if module == "qk":
+            qk = method.query_key(read_query_key(layer, family, sizes.groups, sizes.heads), statistics, rank)
+            assert qk.kept is not None
+            return qk, query_key_tensors(qk.weights, qk.kept, family)
+        vo = method.value_output(read_value_output(layer, family, sizes.groups, sizes.heads), statistics, rank)
+        return vo, value_output_tensors(vo.weights, family)
+
+    def _keep(self, index: int, thin: LayeredModel, state: Tensors, result: LayerResult) -> None:
+        if self._journal:
+            self._journal.keep_layer(index, state, result)
+        if self._durable:
+            thin.bring(index, state)
+        else:
+            place(thin.layers[index], state)
+
+    def _whole(self, index: int, rank: LayerRanks) -> bool:
+        """Whether nothing of a layer is removed, so that its dense outputs are its compressed ones."""
+        return all(getattr(rank, module) == shape.full for module, shape in self._geometry[index].modules.items())
+
+    def _skeleton(self, ranks: Sequence[LayerRanks]) -> LayeredModel:
         """The compressed model with everything but its decoder layers, which stay on the meta device."""
+        dense = self.dense.model
         config = self.compressed_config(ranks)
         with torch.device("meta"):
             compressed = self.family.causal_lm(config)
-        prefix = f"{self.model.base_model_prefix}.{self.family.description.layers}."
-        copy_rest(compressed, self.model, outside=prefix)
+        prefix = f"{dense.base_model_prefix}.{self.family.description.layers}."
+        copy_rest(compressed, dense, outside=prefix, share=self._durable)
         compressed.tie_weights()
-        compressed.generation_config = copy.deepcopy(self.model.generation_config)
+        compressed.generation_config = copy.deepcopy(dense.generation_config)
         compressed.set_attn_implementation(self._attention)
         compressed.eval()
-        return compressed
+        return LayeredModel(compressed, self.family, self._finished_layer if self._durable else None, ahead=False)
+
+    def _finished_layer(self, index: int) -> Tensors:
+        """A compressed layer's tensors, from the first worker's journal."""
+        own = self._journal.tensors(index) if self._journal else None
+        return self.workers.tensors(own, 0, self.dense.device)
 
     def compressed_config(self, ranks: Sequence[LayerRanks]) -> Any:
         """The compressed model's config: the dense one's values, its own model type, and the widths per layer."""
-        values = self.model.config.to_dict()
+        values = self.dense.model.config.to_dict()
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
         per_layer = {index: rank.sizes().to_config() for index, rank in enumerate(ranks)}
@@ -253,11 +370,22 @@ class Engine:
         config.auto_map = self.family.auto_map
         return config
 
+    def _own_batches(self, windows: TokenWindows) -> list[TokenWindows]:
+        return self.workers.share(list(windows.batches(self._batch_size)))
 
-def _checked(hidden: torch.Tensor, index: int) -> torch.Tensor:
-    if not hidden.isfinite().all():
-        raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
-    return hidden
+    def _activations(self, purpose: str, batches: Sequence[TokenWindows]) -> Activations:
+        """Room for the hidden states of ``batches``; on disk, in a folder of this run's and this worker's own."""
+        if self._offload is None:
+            return Activations(len(batches))
+        run = self.workers.tell(self._journal.run if self._journal else None) or f"process-{os.getpid()}"
+        own = f"{self.workers.rank}-of-{self.workers.size}"
+        return DiskActivations(len(batches), self._offload / f"modegpt-{run}" / f"{purpose}-{own}")
+
+    def _everywhere(self, true: bool) -> bool:
+        """Whether it is ``true`` for all workers."""
+        total = torch.tensor(int(true))
+        self.workers.sum(total)
+        return int(total) == self.workers.size
 
 
 def _real(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:

@@ -17,3 +17,7 @@ class CheckpointError(ModeGPTError):
 
 class NumericalError(ModeGPTError):
     """The model produced NaN or infinite activations."""
+
+
+class StorageError(ModeGPTError):
+    """A file could not be written."""

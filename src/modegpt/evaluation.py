@@ -14,6 +14,33 @@ from .errors import InvalidRequest, NumericalError
 from .progress import Progress
 
 
+class Loss:
+    """The summed negative log-likelihood of predicted real tokens, and their number, in ``totals``."""
+
+    def __init__(self) -> None:
+        self.totals = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, logits: torch.Tensor, batch: TokenWindows, start: int = 0) -> None:
+        """Add ``logits`` (B, n, vocabulary) of the positions from ``start`` of ``batch``."""
+        count = min(logits.shape[1], batch.ids.shape[1] - 1 - start)
+        mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
+        here, there = slice(start, start + count), slice(start + 1, start + 1 + count)
+        predicted = mask[:, here] & mask[:, there]
+        targets = batch.ids[:, there][predicted].to(logits.device)
+        predictions = logits[:, :count][predicted.to(logits.device)].float()
+        loss = nn.functional.cross_entropy(predictions, targets, reduction="sum")
+        self.totals += torch.tensor([float(loss), len(targets)], dtype=torch.float64)
+
+    def perplexity(self) -> float:
+        """Exp of the mean; raises :class:`InvalidRequest` without any predicted token."""
+        total, count = self.totals.tolist()
+        if count == 0:
+            raise InvalidRequest("the text has no two real tokens in a row: there is nothing to predict")
+        if not math.isfinite(total):
+            raise NumericalError("the model's loss is NaN or infinite")
+        return math.exp(min(total / count, 700.0))  # exp overflows a float beyond 709
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, windows: TokenWindows, batch_size: int = 1, progress: Progress | None = None
@@ -22,25 +49,17 @@ def perplexity(
 
     ``progress`` advances once for every batch.
     """
-    total, count = 0.0, 0
+    loss = Loss()
     training = model.training
     model.eval()
     for batch in windows.batches(batch_size):
         ids = batch.ids.to(model.device)
-        mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=None if batch.mask is None else mask, use_cache=False).logits
-        predicted = mask[:, 1:] & mask[:, :-1]
-        loss = nn.functional.cross_entropy(logits[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="sum")
-        total += float(loss)
-        count += int(predicted.sum())
+        mask = None if batch.mask is None else batch.mask.to(model.device)
+        loss.add(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, batch)
         if progress is not None:
             progress.advance()
     model.train(training)
-    if count == 0:
-        raise InvalidRequest("the text has no two real tokens in a row: there is nothing to predict")
-    if not math.isfinite(total):
-        raise NumericalError("the model's loss is NaN or infinite")
-    return math.exp(min(total / count, 700.0))  # exp overflows a float beyond 709
+    return loss.perplexity()
 
 
 @torch.no_grad()

@@ -25,11 +25,11 @@ def check_family(config: PreTrainedConfig) -> None:
         raise InvalidRequest("MODEL is quantised; start from the model in float32, bfloat16 or float16")
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel, *, loaded: bool = True) -> None:
     """Refuse what is not a supported family's own, unwrapped and unquantised causal language model.
 
     Code of another class may compute something else with the same weights, and a quantised or wrapped
-    map does not show the weights it multiplies with.
+    map does not show the weights it multiplies with. Weights on the meta device are refused if ``loaded``.
     """
     check_family(model.config)
     family = family_of(model)
@@ -46,7 +46,7 @@ def check_model(model: PreTrainedModel) -> None:
                     f"layer {index}: {path} is not a plain linear map in at least 16 bits; "
                     "start from the unquantised model without adapters"
                 )
-            if weight.is_meta:
+            if loaded and weight.is_meta:
                 raise InvalidRequest(f"layer {index}: the weights of {path} are not loaded (meta device)")
 
 

@@ -1,20 +1,18 @@
-"""From a model's address to a compressed checkpoint: refuse early, then load, compress, evaluate, save."""
+"""From a model's address to a compressed checkpoint: refuse early, then read, compress, evaluate, write."""
 
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .budget import average_sparsity
-from .checkpoint import check_output, existing_parent, load, save
+from .checkpoint import check_output, load, publish, published
 from .config import RunConfig
 from .data import (
     HUB_DATASETS,
@@ -30,15 +28,39 @@ from .data import (
     start_token,
     tokenize,
 )
-from .engine import compress_model
+from .engine import Compression, Engine
 from .errors import InvalidRequest
 from .evaluation import perplexity
-from .families import COMPRESSED_TYPES, check_family, check_model, model_geometry
+from .families import COMPRESSED_TYPES, check_family, check_model
+from .journal import Journal, left_behind, open_journal
+from .layered import LayeredModel
+from .parallel import Workers, local_device, restarts, workers
+from .plan import Plan, check_plan, make_plan
 from .progress import Progress
-from .report import CompressionReport, Pair, TextFacts, build_report
+from .report import (
+    CompressionReport,
+    Pair,
+    RunFacts,
+    TextFacts,
+    build_report,
+    peak_device_memory,
+    peak_memory,
+    versions,
+)
 from .sources import Dtype, ModelSource, check_vocabulary, usable_device
 
 HELD_OUT, NONE = "held-out", "none"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A compression that was found possible, and what was read to find out."""
+
+    config: RunConfig
+    source: ModelSource
+    model_config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -50,17 +72,35 @@ class Texts:
 
 
 def compress_to_directory(
-    config: RunConfig, progress: Progress | None = None, *, command: str | None = None
-) -> CompressionReport:
+    config: RunConfig,
+    progress: Progress | None = None,
+    *,
+    command: str | None = None,
+    show: Callable[[Plan], object] | None = None,
+) -> tuple[CompressionReport, RunFacts]:
     """Carry out ``config``: everything wrong is refused before any weight is loaded.
 
-    ``command`` is what the report says to repeat it with; without, this call.
+    An interrupted run of the same config goes on where it was. Under ``torchrun`` the processes share the work.
+    ``command`` is what the report says to repeat it with; without, this call. ``show`` is called with the plan.
     """
-    progress = progress or Progress()
+    request = check_request(config, timed=show is not None)
+    if show is not None:
+        show(request.plan)
+    with workers(request.config.device) as crew:
+        return _compress(request, (progress or Progress()) if crew.first else Progress(), crew, command)
+
+
+def check_request(config: RunConfig, *, timed: bool) -> Request:
+    """Refuse whatever is wrong with ``config`` or does not fit this machine; ``timed`` plans take some seconds more."""
+    # Of a group that torchrun started again, nothing is to be thrown away a second time.
+    config = config.model_copy(
+        update={"device": local_device(config.device), "restart": config.restart and restarts() == 0}
+    )
     source = ModelSource(config.model, config.trust_remote_code)
     source.check()
     texts_read = [name for name in (config.calibration, config.evaluate) if Path(name).is_file()]
-    check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *texts_read])
+    if config.restart or not _published(config.output):
+        check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *texts_read])
     check_source(config.calibration, option="--calibration", allow_self=True)
     if config.evaluate not in (HELD_OUT, NONE):
         check_source(config.evaluate, option="--evaluate")
@@ -68,38 +108,116 @@ def compress_to_directory(
         raise InvalidRequest(
             f"--evaluate {config.evaluate!r} is the calibration text; use 'held-out' to keep a part of it"
         )
-
-    model_config = source.config()
-    check_family(model_config)
-    check_resources(config, model_config)
+    model_config, plan = plan_request(config, timed=timed)
+    check_plan(plan, config)
     check_length(config.sequence_length, model_config)
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model_config)
     if config.calibration == SELF:
         start_token(tokenizer)
-    with progress.phase("text"):
-        texts = read_texts(config, tokenizer)
+    return Request(config, source, model_config, tokenizer, plan)
 
+
+def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedConfig, Plan]:
+    """The model's config, and what ``config`` will take."""
+    source = ModelSource(config.model, config.trust_remote_code)
+    model_config = source.config()
+    check_family(model_config)
+    return model_config, make_plan(config, source, model_config, timed=timed)
+
+
+def _compress(
+    request: Request, progress: Progress, crew: Workers, command: str | None
+) -> tuple[CompressionReport, RunFacts]:
+    config, source = request.config, request.source
+    with progress.phase("text"):
+        texts = read_texts(config, request.tokenizer)
     with progress.phase("load"):
-        model = source.model(config.dtype, config.device)
-    check_model(model)
-    if texts.calibration is None:
-        with progress.phase("sample"):
-            texts = sample_texts(config, model, tokenizer, texts.evaluation)
-    assert texts.calibration is not None
-    result = compress_model(model, texts.calibration, config, progress)
-    report = build_report(
-        model,
-        result,
-        config,
-        TextFacts.of(config.calibration, texts.calibration),
-        command=command or f"modegpt.compress_to_directory({config!r})",
-        source=config.model,
-        evaluation=_evaluation_facts(config, texts.evaluation),
-        perplexity=_perplexities(config, model, result.model, texts.evaluation, progress),
-    )
-    save(result.model, config.output, tokenizer=tokenizer, report=report, overwrite=config.overwrite)
-    return report
+        dense = source.streamed(request.model_config, config.dtype, config.device)
+    check_model(dense.model, loaded=False)
+    with _journal(request, texts, crew) as journal:
+        if journal is not None and published(journal.directory, config.output, journal.published):
+            journal.remove()
+            return _published_facts(config.output)
+        calibration, evaluation = _sampled(request, texts, journal, crew, progress)
+        engine = Engine(
+            dense,
+            calibration,
+            config.batch_size,
+            progress=progress,
+            workers=crew,
+            journal=journal,
+            offload=config.offload_folder,
+        )
+        with engine.active():
+            result = engine.run(config)
+        report = build_report(
+            dense.model,
+            result,
+            config,
+            TextFacts.of(config.calibration, calibration),
+            command=command or f"modegpt.compress_to_directory({config!r})",
+            source=config.model,
+            evaluation=_evaluation_facts(config, evaluation),
+            perplexity=_perplexities(engine, result, evaluation, journal, crew, progress),
+        )
+        facts = RunFacts(
+            seconds=progress.seconds,
+            peak_memory_bytes=peak_memory(),
+            peak_device_memory_bytes=peak_device_memory(dense.device),
+            processes=crew.size,
+            starts=journal.starts if journal else 1,
+            planned=request.plan.model_dump(mode="json"),
+        )
+        if journal is not None:
+            publish(
+                journal,
+                result.thin,
+                config.output,
+                tokenizer=request.tokenizer,
+                report=report,
+                run=facts,
+                overwrite=config.overwrite,
+            )
+        return report, facts
+
+
+@contextmanager
+def _journal(request: Request, texts: Texts, crew: Workers) -> Iterator[Journal | None]:
+    """The run's journal, for the first worker."""
+    if not crew.first:
+        yield None
+        return
+    config = request.config
+    with open_journal(config.output, _fingerprint(request, texts), restart=config.restart) as journal:
+        yield journal
+
+
+def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
+    """Everything that the result depends on."""
+    config = request.config
+    options = {f"--{name.replace('_', '-')}": value for name, value in config.settings().items()}
+    del options["--model"], options["--trust-remote-code"]  # what counts is the model that was found there
+    options["--device"] = torch.device(config.device).type
+    tokens = {"calibration": texts.calibration, "evaluation": texts.evaluation}
+    return {
+        "the model": [request.model_config.to_json_string(), request.source.fingerprint()],
+        **options,
+        **{f"the {name} tokens": None if windows is None else windows.sha256() for name, windows in tokens.items()},
+        **{f"the version of {name}": number for name, number in versions().items()},
+    }
+
+
+def _published(output: Path) -> bool:
+    """Whether only the tidying up of an earlier run into ``output`` is left to do."""
+    directory, announced = left_behind(output)
+    return published(directory, output, announced)
+
+
+def _published_facts(output: Path) -> tuple[CompressionReport, RunFacts]:
+    facts = RunFacts.read(output)
+    assert facts is not None
+    return CompressionReport.read(output), facts
 
 
 def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
@@ -125,86 +243,50 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     return Texts(calibration, first_windows(held_out, available, length, what=evaluation_what))
 
 
-def sample_texts(
-    config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: TokenWindows | None
-) -> Texts:
-    """Calibration windows sampled from the model itself and, for ``held-out``, others sampled after them."""
+def _sampled(
+    request: Request, texts: Texts, journal: Journal | None, crew: Workers, progress: Progress
+) -> tuple[TokenWindows, TokenWindows | None]:
+    """Calibration and evaluation windows; for ``self``, sampled from the model, where not yet done."""
+    if texts.calibration is not None:
+        return texts.calibration, texts.evaluation
+    config = request.config
     extra = config.evaluation_samples if config.evaluate == HELD_OUT else 0
-    count = config.samples + extra
-    ids = sample_from_model(model, start_token(tokenizer), count, config.sequence_length, config.seed).ids
+    windows = journal.windows() if journal else None
+    if crew.first and windows is None:
+        with progress.phase("sample"):
+            model = request.source.model(config.dtype, config.device)
+            start = start_token(request.tokenizer)
+            windows = sample_from_model(model, start, config.samples + extra, config.sequence_length, config.seed)
+            del model
+        assert journal is not None
+        journal.keep_windows(windows)
+    ids = crew.tell(None if windows is None else windows.ids)
+    assert ids is not None
     calibration = TokenWindows(ids[: config.samples].contiguous())
-    return Texts(calibration, TokenWindows(ids[config.samples :].contiguous()) if extra else evaluation)
-
-
-def check_resources(config: RunConfig, model_config: PreTrainedConfig) -> None:
-    """Refuse a ratio out of reach, and a run that this machine's memory or disk cannot hold.
-
-    Memory is estimated as what is held at once: the dense and the compressed weights, one layer's
-    statistics with the solver's copies of them, and two sets of hidden states.
-    """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config)
-        layers = model_geometry(model)
-        width, hidden = max(layer.modules["mlp"].full for layer in layers), model_config.hidden_size
-    except Exception as error:  # a config can be valid by itself and still describe no model
-        message = " ".join(str(error).split())
-        raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
-    average_sparsity(layers, config.modules, config.ratio, config.align)
-
-    item = _item_size(config, model_config)
-    blocks = sum(layer.parameters for layer in layers) * item
-    total = sum(parameter.numel() for parameter in model.parameters()) * item
-    compressed = total - config.ratio * blocks
-    states = 2 * config.samples * config.sequence_length * hidden * item
-    solve = 8 * (4 * width**2 + 2 * hidden**2)
-    weights = total + compressed
-
-    available = psutil.virtual_memory().available
-    needed = states + solve + weights if torch.device(config.device).type == "cpu" else states + total
-    if needed > available:
-        raise InvalidRequest(
-            f"not enough memory: about {needed / 2**30:.1f} GiB are needed and {available / 2**30:.1f} GiB are free; "
-            "use a smaller --samples or --sequence-length, or --dtype bfloat16"
-        )
-    if torch.device(config.device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(config.device)
-        if solve + weights > free:
-            raise InvalidRequest(
-                f"not enough memory on {config.device}: about {(solve + weights) / 2**30:.1f} GiB are needed and "
-                f"{free / 2**30:.1f} GiB are free; use --dtype bfloat16 or --device cpu"
-            )
-    free_disk = shutil.disk_usage(existing_parent(config.output)).free
-    if compressed > free_disk:
-        raise InvalidRequest(
-            f"not enough disk at --output: the checkpoint takes about {compressed / 2**30:.2f} GiB and "
-            f"{free_disk / 2**30:.2f} GiB are free; use --dtype bfloat16 or another --output"
-        )
-
-
-def _item_size(config: RunConfig, model_config: PreTrainedConfig) -> int:
-    """Bytes of a weight once loaded."""
-    name: Any = config.dtype
-    if name == "auto":
-        name = "float32" if config.model.endswith(".gguf") else getattr(model_config, "dtype", None)
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+    # Those held out were sampled after the others.
+    return calibration, TokenWindows(ids[config.samples :].contiguous()) if extra else texts.evaluation
 
 
 def _perplexities(
-    config: RunConfig,
-    dense: PreTrainedModel,
-    compressed: PreTrainedModel,
+    engine: Engine,
+    result: Compression,
     windows: TokenWindows | None,
+    journal: Journal | None,
+    crew: Workers,
     progress: Progress,
 ) -> Pair | None:
+    """Perplexity of both models, one layer at a time."""
     if windows is None:
         return None
-    values = []
-    with progress.phase("evaluate", 2 * math.ceil(len(windows) / config.batch_size)):
-        for model in (dense, compressed):
-            values.append(perplexity(model, windows, config.batch_size, progress))
-    return Pair(dense=values[0], compressed=values[1])
+    models: dict[str, LayeredModel] = {"dense": engine.dense, "compressed": result.thin}
+    values = {}
+    with progress.phase("evaluate", sum(len(model.layers) for model in models.values())):
+        for name, model in models.items():
+            known = crew.tell(journal.perplexity(name) if journal else None)
+            values[name] = engine.perplexity(model, windows) if known is None else known
+            if journal is not None and known is None:
+                journal.keep_perplexity(name, values[name])
+    return Pair(**values)
 
 
 def _evaluation_facts(config: RunConfig, windows: TokenWindows | None) -> TextFacts | None:

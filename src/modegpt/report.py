@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from .budget import Module
 from .config import CompressionConfig
 from .data import TokenWindows
-from .engine import Compression, LayerResult, ModuleResult
+from .engine import Compression
 from .errors import CheckpointError
 from .families import decoder_layers, family_of
+from .results import LayerResult, ModuleResult
 
-REPORT_FILE = "compression.json"
+REPORT_FILE, RUN_FILE = "compression.json", "run.json"
 _PACKAGES = ("modegpt", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
@@ -65,6 +66,32 @@ class LayerFacts(_Facts):
     modules: dict[Module, ModuleResult]
 
 
+class RunFacts(_Facts):
+    """What one run took, as ``run.json`` keeps it: unlike the report, different every time."""
+
+    seconds: dict[str, float]
+    """Wall-clock time by phase, of the last process where there were several."""
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
+    processes: int
+    starts: int
+    """How often the run was started: more than once if it was interrupted."""
+    planned: dict[str, Any]
+    """What was predicted before: see :class:`modegpt.plan.Plan`."""
+
+    def write(self, directory: Path) -> None:
+        """Write ``run.json`` into ``directory``."""
+        (directory / RUN_FILE).write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> RunFacts | None:
+        """The facts in ``directory``; None where there are none that can be read."""
+        try:
+            return cls.model_validate_json((directory / RUN_FILE).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+
 class CompressionReport(_Facts):
     """Everything needed to judge a compression and to repeat it."""
 
@@ -82,9 +109,6 @@ class CompressionReport(_Facts):
     parameters: Pair
     bytes: Pair
     temperature: float | None
-    seconds: dict[str, float]
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int | None
     layers: list[LayerFacts] = Field(min_length=1)
 
     def write(self, directory: Path) -> None:
@@ -129,7 +153,7 @@ def build_report(
         versions=versions(),
         source=source or dense.name_or_path or type(dense).__name__,
         dtype=str(dense.dtype).removeprefix("torch."),
-        options=config.model_dump(mode="json"),
+        options=config.settings(),
         calibration=calibration,
         evaluation=evaluation,
         perplexity=perplexity,
@@ -138,9 +162,6 @@ def build_report(
         parameters=Pair(dense=everything[0], compressed=everything[1]),
         bytes=Pair(dense=stored[0], compressed=stored[1]),
         temperature=_finite(result.choice.temperature),
-        seconds=result.seconds,
-        peak_memory_bytes=peak_memory(),
-        peak_device_memory_bytes=peak_device_memory(dense.device),
         layers=_layer_facts(result.layers, result.choice.scores),
     )
 
@@ -156,8 +177,9 @@ def _parameters(module: nn.Module) -> int:
 
 def _stored_bytes(model: nn.Module) -> int:
     """What the weights take in safetensors files: tied tensors once, buffers included."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = [tensor for name, tensor in model.state_dict().items() if name not in parameters]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *buffers])
 
 
 def _layer_facts(layers: Sequence[LayerResult], scores: Sequence[Sequence[float]] | None) -> list[LayerFacts]:

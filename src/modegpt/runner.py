@@ -1,4 +1,4 @@
-"""Running single decoder layers of a stock model, and seeing what passes through them."""
+"""Running single decoder layers of a model on batches of tokens, and seeing what passes through them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from .activations import Activations
 from .data import TokenWindows
+from .errors import NumericalError
+from .layered import LayeredModel
+from .parallel import Workers
+
+#: Positions whose logits are computed at once.
+HEAD_POSITIONS = 512
 
 
 class _Stop(BaseException):
@@ -21,53 +27,107 @@ class _Stop(BaseException):
 
 
 class LayerRunner:
-    """Runs single decoder layers inside the stock model's own forward.
+    """Runs single decoder layers inside the model's own forward.
 
     Every layer but the live one passes its input through, the live one gets the cached hidden states
     in place of its input, and the forward ends with it. So each layer sees exactly the mask, positions
     and other arguments its family's code gives it, and no family's forward is written again here.
     """
 
-    def __init__(self, base: PreTrainedModel, layers: Sequence[nn.Module]) -> None:
-        self._base = base
-        self._layers = layers
-        self._live = -1
+    def __init__(self, model: LayeredModel, batches: Sequence[TokenWindows], workers: Workers) -> None:
+        self._model = model
+        self._batches = batches
+        self._workers = workers
+        self._live: int | None = None
         self._hidden: torch.Tensor | None = None
 
     @contextmanager
     def active(self) -> Iterator[LayerRunner]:
         """Take over the layers' forward within this context."""
-        own = [vars(layer).get("forward") for layer in self._layers]  # other libraries patch forwards as well
-        for index, layer in enumerate(self._layers):
+        layers = self._model.layers
+        own = [vars(layer).get("forward") for layer in layers]  # other libraries patch forwards as well
+        for index, layer in enumerate(layers):
             layer.forward = self._replacement(index, layer.forward)
         try:
             yield self
         finally:
-            for layer, forward in zip(self._layers, own, strict=True):
+            for layer, forward in zip(layers, own, strict=True):
                 if forward is None:
                     del layer.forward
                 else:
                     layer.forward = forward
 
+    def run_layer(
+        self,
+        index: int,
+        hidden: Activations,
+        *,
+        keep: bool = True,
+        before: Callable[[TokenWindows], None] | None = None,
+        after: Callable[[TokenWindows, torch.Tensor, torch.Tensor], None] | None = None,
+    ) -> None:
+        """Run all batches through layer ``index``, which must be live; ``hidden`` then holds its outputs, if ``keep``.
+
+        ``before`` is called with each batch, ``after`` with the batch and the layer's input and output (B, T, d).
+        Raises :class:`NumericalError` for every worker where any of them saw NaN or infinity.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=self._model.device)
+        for number, batch in enumerate(self._batches):
+            if before is not None:
+                before(batch)
+            entering, leaving = self._run(index, batch, hidden.get(number))
+            finite = finite & leaving.isfinite().all()
+            if after is not None:
+                after(batch, entering, leaving)
+            if keep:
+                hidden.put(number, leaving)
+        failures = (~finite).long()
+        self._workers.sum(failures)
+        if failures:
+            raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
+        if keep:
+            hidden.complete(index + 1)
+
     @torch.no_grad()
-    def run(self, index: int, batch: TokenWindows, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input and output (B, T, d) of layer ``index``; ``hidden`` None means the embeddings of ``batch``."""
-        device = next(self._layers[index].parameters()).device
-        self._live, self._hidden = index, None if hidden is None else hidden.to(device)
-        mask = None if batch.mask is None else batch.mask.to(device)
+    def head(self, number: int, hidden: Activations) -> Iterator[tuple[int, torch.Tensor]]:
+        """The logits (B, n, vocabulary) of batch ``number`` whose last layer gave ``hidden``, and where they start.
+
+        A few positions at a time: the logits of a whole window can take more memory than a layer.
+        """
+        batch, state = self._batches[number], hidden.get(number)
+        assert state is not None
+        self._live, self._hidden = None, state.to(self._model.device)
         try:
-            self._base(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False)
+            for positions in torch.arange(state.shape[1], device=self._model.device).split(HEAD_POSITIONS):
+                output = self._forward(self._model.model, batch, logits_to_keep=positions)
+                yield int(positions[0]), output.logits
+        finally:
+            self._hidden = None
+
+    @torch.no_grad()
+    def _run(self, index: int, batch: TokenWindows, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input and output of layer ``index``; ``hidden`` None means the embeddings of ``batch``."""
+        self._live = index
+        self._hidden = None if hidden is None else hidden.to(self._model.device, non_blocking=True)
+        try:
+            self._forward(self._model.base, batch)
         except _Stop as stop:
             assert self._hidden is not None
             return self._hidden, stop.output
         finally:
-            self._live, self._hidden = -1, None
+            self._live, self._hidden = None, None
         raise AssertionError("the live layer was never called")
+
+    def _forward(self, module: nn.Module, batch: TokenWindows, **options: Any) -> Any:
+        device = self._model.device
+        mask = None if batch.mask is None else batch.mask.to(device, non_blocking=True)
+        ids = batch.ids.to(device, non_blocking=True)
+        return module(input_ids=ids, attention_mask=mask, use_cache=False, **options)
 
     def _replacement(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if index != self._live:
-                return hidden_states
+                return hidden_states if self._hidden is None else self._hidden
             if self._hidden is None:
                 self._hidden = hidden_states
             output = original(self._hidden, *args, **kwargs)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import safetensors
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .errors import CheckpointError, InvalidRequest
+from .families import decoder_layers, family_of
+from .layered import LayeredModel
+from .stored import INDEX_FILE, WEIGHTS_FILE, GGUFFile, SafetensorsDirectory, StoredTensors, fingerprint, shard_names
+from .weights import set_tensor
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _T = TypeVar("_T")
@@ -46,7 +53,9 @@ class ModelSource:
             if not path.is_file():
                 raise InvalidRequest(f"MODEL {self.address!r}: no such GGUF file")
         elif path.is_dir():
-            _check_directory(path)
+            if not (path / "config.json").is_file():
+                raise InvalidRequest(f"MODEL {str(path)!r} has no config.json: not a Hugging Face model directory")
+            SafetensorsDirectory(path)
         elif path.exists():
             raise InvalidRequest(f"MODEL {self.address!r} is neither a directory nor a .gguf file")
         elif path.is_absolute() or self.address.startswith((".", "~")) or self.address.count("/") > 1:
@@ -60,6 +69,13 @@ class ModelSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return self._read(AutoTokenizer.from_pretrained, "tokenizer")
+
+    def streamed(
+        self, config: PreTrainedConfig | None = None, dtype: Dtype = "auto", device: str = "cpu"
+    ) -> LayeredModel:
+        """The model with its decoder layers left on disk, to be read one at a time; ``config`` if known already."""
+        config = config or self.config()
+        return self._read(lambda *_, **__: self._streamed(config, dtype, torch.device(device)), "weights")
 
     def model(self, dtype: Dtype = "auto", device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode. ``auto`` is the dtype of the checkpoint, and float32 for a GGUF file."""
@@ -79,6 +95,61 @@ class ModelSource:
             _forget_quantization(model)
         model.to(device).eval()  # type: ignore[arg-type]
         return model
+
+    def stored(self, names: Iterable[str], config: PreTrainedConfig) -> StoredTensors:
+        """The checkpoint's tensors, for a model whose state dict has these ``names``."""
+        if self.is_gguf:
+            return GGUFFile(Path(self.address), names, config)
+        return SafetensorsDirectory(self._directory())
+
+    def fingerprint(self) -> str:
+        """A hash that tells the weights from others."""
+        return fingerprint([Path(self.address)] if self.is_gguf else SafetensorsDirectory(self._directory()).files)
+
+    def _streamed(self, config: PreTrainedConfig, dtype: Dtype, device: torch.device) -> LayeredModel:
+        model = empty_model(config, self.trust_remote_code)
+        stored = self.stored(model.state_dict(), config)
+        chosen = getattr(torch, dtype) if dtype != "auto" else self.dtype_of(stored, config)
+        model = empty_model(config, self.trust_remote_code, chosen)
+        family = family_of(model)
+        found = _locate(model, stored)
+        prefix = f"{model.base_model_prefix}.{family.description.layers}."
+
+        def load(wanted: Iterable[str], outside: str = "") -> dict[str, torch.Tensor]:
+            names = {found[f"{outside}{name}"]: name for name in wanted}
+            tensors = stored.read(names, chosen, device)
+            return {names[name]: tensor for name, tensor in tensors.items()}
+
+        rest = [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+        for name, tensor in load(rest).items():
+            set_tensor(model, name, nn.Parameter(tensor, requires_grad=False))
+        for name, buffer in model.named_buffers():
+            set_tensor(model, name, buffer.to(device))
+        model.tie_weights()
+        model.eval()
+        if not self.is_gguf:
+            with suppress(OSError):  # not every model has one
+                model.generation_config = GenerationConfig.from_pretrained(self.address)
+        of_a_layer = list(decoder_layers(model, family)[0].state_dict())
+        return LayeredModel(model, family, lambda index: load(of_a_layer, f"{prefix}{index}."))
+
+    def dtype_of(self, stored: StoredTensors, config: PreTrainedConfig) -> torch.dtype:
+        """What ``auto`` stands for: the config's dtype, else that of the weights; float32 for a GGUF file."""
+        named = None if self.is_gguf else getattr(config, "dtype", None)
+        named = getattr(torch, named, None) if isinstance(named, str) else named
+        return named if isinstance(named, torch.dtype) else stored.dtype
+
+    def _directory(self) -> Path:
+        """The local directory of the weights; a hub model's are fetched first."""
+        if Path(self.address).is_dir():
+            return Path(self.address)
+        try:
+            index = Path(hf_hub_download(self.address, INDEX_FILE))
+        except EntryNotFoundError:
+            return Path(hf_hub_download(self.address, WEIGHTS_FILE)).parent
+        for name in shard_names(index):
+            hf_hub_download(self.address, name)
+        return index.parent
 
     def _read(self, reader: Callable[..., _T], what: str) -> _T:
         """Call a ``from_pretrained`` and turn any failure into one line about this model."""
@@ -121,25 +192,37 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfi
         )
 
 
-def _check_directory(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise InvalidRequest(f"MODEL {str(path)!r} has no config.json: not a Hugging Face model directory")
-    index = path / "model.safetensors.index.json"
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-        if not all(isinstance(name, str) for name in shards):
-            raise TypeError("shard names must be strings")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InvalidRequest(f"{index} is not a safetensors index: {error}") from error
-    for name in shards or ["model.safetensors"]:
-        file = path / name
-        if not file.is_file():
-            raise InvalidRequest(f"MODEL {str(path)!r} has no {name}; weights must be safetensors files")
-        try:
-            with safetensors.safe_open(file, framework="pt"):
-                pass
-        except Exception as error:
-            raise InvalidRequest(f"{file} is not a complete safetensors file: {error}") from error
+def empty_model(
+    config: PreTrainedConfig, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model of ``config`` with its parameters on the meta device and its buffers computed."""
+    options = {} if dtype is None else {"dtype": dtype}
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, **options
+        )
+    model.tie_weights()
+    return model
+
+
+def _locate(model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
+    """The stored name of every parameter and persistent buffer; refuses a checkpoint that lacks some.
+
+    A checkpoint of the base model alone has its names without the base model's prefix.
+    """
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    found, problems = {}, []
+    for name, tensor in model.state_dict().items():
+        stored_name = name if name in stored.shapes else name.removeprefix(f"{model.base_model_prefix}.")
+        if stored_name not in stored.shapes:
+            problems += [] if name in tied else [f"{name} is missing"]
+        elif stored.shapes[stored_name] != tuple(tensor.shape):
+            problems.append(f"{name} is {stored.shapes[stored_name]} instead of {tuple(tensor.shape)}")
+        else:
+            found[name] = stored_name
+    if problems:
+        raise CheckpointError(f"incomplete weights: {', '.join(problems[:3])}")
+    return found
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

@@ -3,9 +3,9 @@
 No attention is re-implemented: Transformers routes every attention through a named function, and an
 observing one sees queries and keys after the rotary embedding. Hooks on two linear maps see the rest.
 
-Sums are float64. The products are formed in float64 as well: a decomposition needs the small
-eigen-directions of a Gram matrix, and float32 products bury everything below about 1e-7 of the
-largest eigenvalue, which activation outliers push up by orders of magnitude.
+Sums are float64, of products of at most ``BLOCK_ROWS`` tokens in float32 (float64 for float64 models). A float32
+product is off by about 1e-7 of its two channels' sizes, whatever the others are: the same noise that
+float32 activations bring along. The decompositions treat what is below it as zero.
 """
 
 from __future__ import annotations
@@ -24,7 +24,52 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .data import TokenWindows
 from .modeling import Family
+from .parallel import Workers
+
+#: Tokens whose products are summed in float32 before they join the float64 sum.
+BLOCK_ROWS = 2048
+#: A symmetric product is computed in at most this many column panels, each against itself and those after it.
+PANELS, PANEL_WIDTH = 8, 384
+
+
+def panels(n: int) -> list[slice]:
+    """The column panels of a symmetric n x n product."""
+    width = max(PANEL_WIDTH, -(-n // PANELS))
+    return [slice(start, min(start + width, n)) for start in range(0, n, width)]
+
+
+class GramSum:
+    """C = sum over tokens of x^T x, (..., n, n) float64, for x (..., N, n) given piece by piece.
+
+    Only the panels on and above the diagonal are computed: for wide x little more than half of the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self.resolution = 0.0
+        self._sum: torch.Tensor | None = None
+        self._panels: list[slice] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add x^T x of x (..., N, n), in any floating-point dtype."""
+        x = x if x.dtype == torch.float64 else x.float()
+        self.resolution = torch.finfo(x.dtype).eps
+        if self._sum is None:
+            n = x.shape[-1]
+            self._sum = torch.zeros(*x.shape[:-2], n, n, dtype=torch.float64, device=x.device)
+            self._panels = panels(n)
+        for rows in x.split(BLOCK_ROWS, dim=-2):
+            for panel in self._panels:
+                self._sum[..., panel, panel.start :] += rows[..., panel].mT @ rows[..., panel.start :]
+
+    def total(self, workers: Workers) -> torch.Tensor:
+        """The sum over all workers' tokens; this ends the accumulation."""
+        assert self._sum is not None
+        workers.sum(self._sum)
+        for panel in self._panels:
+            self._sum[..., panel.stop :, panel] = self._sum[..., panel, panel.stop :].mT
+        return self._sum
 
 
 @dataclass
@@ -43,6 +88,8 @@ class LayerStatistics:
     key: torch.Tensor
     """C_k of every key head after the rotary embedding: (G, h, h)."""
     tokens: int = 0
+    resolution: float = 0.0
+    """Relative precision of the products: those of float32, or of float64 for a model in float64."""
 
     def is_finite(self) -> bool:
         """Whether every sum is free of NaN and infinity."""
@@ -89,7 +136,7 @@ class StatisticsCollector:
         self._mlp_output = layer.get_submodule(family.mlp_output)
         self._groups = groups
         self._mask: torch.Tensor | None = None
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums = {name: GramSum() for name in ("attention_input", "query", "key", "mlp")}
         self._tokens = 0
 
     @contextmanager
@@ -103,29 +150,26 @@ class StatisticsCollector:
             stack.callback(_observers.pop, self._attention)
             yield
 
-    def next_batch(self, mask: torch.Tensor | None, tokens: int) -> None:
-        """Announce the batch about to run: its ``mask`` (B, T), true for real tokens, and their number."""
-        self._mask = mask
-        self._tokens += tokens
+    def next_batch(self, batch: TokenWindows) -> None:
+        """Announce the batch about to run."""
+        self._mask = batch.mask
+        self._tokens += batch.tokens
 
-    def result(self) -> LayerStatistics:
-        """The statistics of everything seen so far."""
-        heads, *head = self._sums["query"].shape
-        query = self._sums["query"].view(self._groups, heads // self._groups, *head)
-        return LayerStatistics(
-            self._sums["mlp"], self._sums["attention_input"], query, self._sums["key"], tokens=self._tokens
-        )
+    def result(self, workers: Workers) -> LayerStatistics:
+        """The statistics of everything that all workers have seen."""
+        sums = {name: gram.total(workers) for name, gram in self._sums.items()}
+        heads, *head = sums["query"].shape
+        query = sums["query"].view(self._groups, heads // self._groups, *head)
+        tokens = torch.tensor(self._tokens, device=query.device)
+        workers.sum(tokens)
+        resolution = max(gram.resolution for gram in self._sums.values())
+        return LayerStatistics(sums["mlp"], sums["attention_input"], query, sums["key"], int(tokens), resolution)
 
     def _observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
         for name, x in (("query", query), ("key", key)):
             self._add(name, x.transpose(1, 2))  # (B, T, heads, h)
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        """Add x^T x over the real tokens of x (B, T, ..., n): one Gram matrix for each index in between."""
+        """Add the real tokens of x (B, T, ..., n): one Gram matrix for each index in between."""
         rows = x.detach().flatten(0, 1) if self._mask is None else x.detach()[self._mask]  # (N, ..., n)
-        rows = rows.double().movedim(0, -1)  # (..., n, N)
-        gram = rows @ rows.mT
-        if name in self._sums:
-            self._sums[name] += gram
-        else:
-            self._sums[name] = gram
+        self._sums[name].add(rows.movedim(0, -2))  # (..., N, n)

@@ -55,102 +55,114 @@ class ValueOutputWeights:
     """(d,)."""
 
 
-@dataclass(frozen=True)
-class LayerWeights:
-    """The compressible weights of one decoder layer."""
-
-    mlp: MLPWeights
-    query_key: QueryKeyWeights
-    value_output: ValueOutputWeights
-
-
-def read_layer(layer: nn.Module, family: Family, groups: int, heads: int) -> LayerWeights:
-    """Copy the compressible weights of a stock decoder ``layer`` into the common form (float64)."""
-
-    def linear(path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        module = layer.get_submodule(path)
-        bias = module.bias
-        weight = module.weight.detach().double().T  # type: ignore[operator]
-        return weight, None if bias is None else bias.detach().double()  # type: ignore[operator]
-
-    def attention(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return linear(f"{family.attention}.{name}")
-
-    def bias_per_head(bias: torch.Tensor | None, *sizes: int) -> torch.Tensor | None:
-        return None if bias is None else bias.unflatten(0, sizes)
-
-    per_group = heads // groups
-    query, query_bias = attention(family.query)
-    key, key_bias = attention(family.key)
-    value, value_bias = attention(family.value)
-    output, output_bias = attention(family.output)
-    inputs = [linear(path) for path in family.mlp_inputs]
-    return LayerWeights(
-        mlp=MLPWeights(
-            tuple(weight for weight, _ in inputs), tuple(bias for _, bias in inputs), linear(family.mlp_output)[0]
-        ),
-        query_key=QueryKeyWeights(
-            query=query.unflatten(1, (groups, per_group, -1)).permute(1, 2, 0, 3),
-            key=key.unflatten(1, (groups, -1)).permute(1, 0, 2),
-            query_bias=bias_per_head(query_bias, groups, per_group, -1),
-            key_bias=bias_per_head(key_bias, groups, -1),
-        ),
-        value_output=ValueOutputWeights(
-            value=value.unflatten(1, (groups, -1)).permute(1, 0, 2),
-            output=output.unflatten(0, (groups, per_group, -1)),
-            value_bias=bias_per_head(value_bias, groups, -1),
-            output_bias=output_bias,
-        ),
+def read_mlp(layer: nn.Module, family: Family) -> MLPWeights:
+    """Copy a stock layer's MLP into the common form."""
+    inputs = [_linear(layer, path) for path in family.mlp_inputs]
+    return MLPWeights(
+        inputs=tuple(weight for weight, _ in inputs),
+        input_biases=tuple(bias for _, bias in inputs),
+        output=_linear(layer, family.mlp_output)[0],
     )
 
 
-def layer_tensors(weights: LayerWeights, rotary_pairs: torch.Tensor, family: Family) -> dict[str, torch.Tensor]:
-    """The compressed ``weights`` under the names and in the orientation of the compressed layer's state dict."""
-    qk, vo, mlp = weights.query_key, weights.value_output, weights.mlp
-    tensors: dict[str, torch.Tensor | None] = {
-        "q_proj.weight": qk.query.permute(0, 1, 3, 2).flatten(0, 2),
-        "k_proj.weight": qk.key.permute(0, 2, 1).flatten(0, 1),
-        "v_proj.weight": vo.value.permute(0, 2, 1).flatten(0, 1),
-        "o_proj.weight": vo.output.flatten(0, 2).T,
-        "q_proj.bias": None if qk.query_bias is None else qk.query_bias.flatten(),
-        "k_proj.bias": None if qk.key_bias is None else qk.key_bias.flatten(),
-        "v_proj.bias": None if vo.value_bias is None else vo.value_bias.flatten(),
-        "o_proj.bias": vo.output_bias,
-        "rotary_pairs": rotary_pairs,
-    }
-    tensors = {f"{family.attention}.{name}": tensor for name, tensor in tensors.items()}
+def mlp_tensors(mlp: MLPWeights, family: Family) -> dict[str, torch.Tensor]:
+    """A compressed MLP under the names and in the orientation of the compressed layer's state dict."""
+    tensors = {f"{family.mlp_output}.weight": mlp.output.T}
     for path, weight, bias in zip(family.mlp_inputs, mlp.inputs, mlp.input_biases, strict=True):
-        tensors[f"{path}.weight"], tensors[f"{path}.bias"] = weight.T, bias
-    tensors[f"{family.mlp_output}.weight"] = mlp.output.T
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        tensors |= _named(path, weight.T, bias)
+    return tensors
 
 
-def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor], like: nn.Module) -> None:
-    """Give the (meta) ``module`` its weights: ``tensors`` where named, else those of the same name in ``like``.
+def read_query_key(layer: nn.Module, family: Family, groups: int, heads: int) -> QueryKeyWeights:
+    """Copy a stock layer's queries and keys into the common form."""
+    per_group = heads // groups
+    query, query_bias = _linear(layer, f"{family.attention}.{family.query}")
+    key, key_bias = _linear(layer, f"{family.attention}.{family.key}")
+    return QueryKeyWeights(
+        query=query.unflatten(1, (groups, per_group, -1)).permute(1, 2, 0, 3),
+        key=key.unflatten(1, (groups, -1)).permute(1, 0, 2),
+        query_bias=_per_head(query_bias, groups, per_group, -1),
+        key_bias=_per_head(key_bias, groups, -1),
+    )
 
-    Floating-point tensors take the dtype of ``like``'s parameters and everything its device.
-    """
-    reference = next(like.parameters())
-    source = like.state_dict()
-    state = {
-        name: tensors[name].to(reference.device, reference.dtype if tensors[name].is_floating_point() else None)
-        if name in tensors
-        else source[name].clone()
-        for name in module.state_dict()
+
+def query_key_tensors(qk: QueryKeyWeights, rotary_pairs: torch.Tensor, family: Family) -> dict[str, torch.Tensor]:
+    """Compressed queries and keys, and the pairs they keep, as in the compressed layer's state dict."""
+    attention = family.attention
+    return {
+        **_named(f"{attention}.q_proj", qk.query.permute(0, 1, 3, 2).flatten(0, 2), qk.query_bias),
+        **_named(f"{attention}.k_proj", qk.key.permute(0, 2, 1).flatten(0, 1), qk.key_bias),
+        f"{attention}.rotary_pairs": rotary_pairs,
     }
-    module.load_state_dict({name: tensor.contiguous() for name, tensor in state.items()}, assign=True)
 
 
-def copy_rest(module: nn.Module, source: nn.Module, *, outside: str) -> None:
-    """Give ``module`` copies of the parameters and buffers of ``source`` whose name does not begin with ``outside``."""
+def read_value_output(layer: nn.Module, family: Family, groups: int, heads: int) -> ValueOutputWeights:
+    """Copy a stock layer's values and attention output into the common form."""
+    value, value_bias = _linear(layer, f"{family.attention}.{family.value}")
+    output, output_bias = _linear(layer, f"{family.attention}.{family.output}")
+    return ValueOutputWeights(
+        value=value.unflatten(1, (groups, -1)).permute(1, 0, 2),
+        output=output.unflatten(0, (groups, heads // groups, -1)),
+        value_bias=_per_head(value_bias, groups, -1),
+        output_bias=output_bias,
+    )
+
+
+def value_output_tensors(vo: ValueOutputWeights, family: Family) -> dict[str, torch.Tensor]:
+    """Compressed values and attention output as in the compressed layer's state dict."""
+    attention = family.attention
+    return {
+        **_named(f"{attention}.v_proj", vo.value.permute(0, 2, 1).flatten(0, 1), vo.value_bias),
+        **_named(f"{attention}.o_proj", vo.output.flatten(0, 2).T, vo.output_bias),
+    }
+
+
+def _linear(layer: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W of y = x W + b, and b."""
+    module = layer.get_submodule(path)
+    bias = module.bias
+    weight = module.weight.detach().double().T  # type: ignore[operator]
+    return weight, None if bias is None else bias.detach().double()  # type: ignore[operator]
+
+
+def _per_head(bias: torch.Tensor | None, *sizes: int) -> torch.Tensor | None:
+    return None if bias is None else bias.unflatten(0, sizes)
+
+
+def _named(path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {f"{path}.weight": weight, **({} if bias is None else {f"{path}.bias": bias.flatten()})}
+
+
+def cast_like(tensors: Mapping[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:
+    """``tensors`` as ``layer`` would hold them: on its device, floating-point ones in its dtype."""
+    reference = next(layer.parameters())
+    return {
+        name: tensor.to(reference.device, reference.dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def complete(module: nn.Module, tensors: Mapping[str, torch.Tensor], like: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of ``module``: ``tensors`` where named, else copies of those of the same name in ``like``."""
+    source = like.state_dict()
+    return {name: tensors[name] if name in tensors else source[name].clone() for name in module.state_dict()}
+
+
+def copy_rest(module: nn.Module, source: nn.Module, *, outside: str, share: bool) -> None:
+    """Give ``module`` the parameters and buffers of ``source`` whose name does not begin with ``outside``.
+
+    They are copies unless ``share``.
+    """
     for name, parameter in source.named_parameters():  # tied ones once: the model ties them again
         if not name.startswith(outside):
-            _set(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+            data = parameter.detach() if share else parameter.detach().clone()
+            set_tensor(module, name, nn.Parameter(data, requires_grad=parameter.requires_grad))
     for name, buffer in source.named_buffers():
         if not name.startswith(outside):
-            _set(module, name, buffer.clone())
+            set_tensor(module, name, buffer if share else buffer.clone())
 
 
-def _set(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put ``tensor`` at the dotted ``name`` below ``module``."""
     owner, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(owner), leaf, tensor)

@@ -5,29 +5,36 @@ from __future__ import annotations
 import torch
 
 
-def solve_psd(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+def cutoff(size: int, resolution: float) -> float:
+    """The share of the largest eigenvalue below which one of a Gram matrix is rounding.
+
+    ``resolution`` is the relative precision of the matrix's entries; float64 arithmetic on it adds its own.
+    """
+    return max(size * torch.finfo(torch.float64).eps, resolution)
+
+
+def solve_psd(matrix: torch.Tensor, rhs: torch.Tensor, resolution: float = 0.0) -> torch.Tensor:
     """X with A X = B for a symmetric positive semi-definite A, exactly or nearly singular ones included.
 
-    A (n, n) and B (n, p) are float64; returns (n, p). A is first scaled to unit diagonal, so that the
-    cut-off does not depend on the units of single channels: with D = diag(A),
+    A (n, n), a Gram matrix, and B (n, p) are float64; returns (n, p). A is first scaled to unit diagonal, so that
+    the cut-off does not depend on the units of single channels: with D = diag(A),
     X = D^(-1/2) pinv(D^(-1/2) A D^(-1/2)) D^(-1/2) B. This solves every consistent system, and is pinv(A) B
     where A is regular. A zero row of A gives a zero row of X. A well-conditioned A is solved by
-    Cholesky; otherwise eigenvalues below ``n * eps`` of the largest are treated as zero.
+    Cholesky; otherwise eigenvalues below :func:`cutoff` of the largest are treated as zero.
     """
-    n = matrix.shape[0]
+    smallest = cutoff(matrix.shape[0], resolution)
     scale = matrix.diagonal().clamp_min(0).sqrt()
     inverse_scale = torch.where(scale > 0, scale.reciprocal(), 0.0)
     unit = matrix * inverse_scale[:, None] * inverse_scale
     scaled_rhs = rhs * inverse_scale[:, None]
-    cutoff = n * torch.finfo(matrix.dtype).eps
 
     factor, failed = torch.linalg.cholesky_ex(unit)
     # The trace of the inverse bounds the inverse of the smallest eigenvalue; pivots bound nothing.
-    if not failed and torch.cholesky_inverse(factor).diagonal().sum() < 1 / (n * cutoff):
+    if not failed and torch.cholesky_inverse(factor).diagonal().sum() < 1 / smallest:
         solution = torch.cholesky_solve(scaled_rhs, factor)
     else:
         values, vectors = torch.linalg.eigh(unit)
-        kept = values > cutoff * values[-1].clamp_min(1e-300)
+        kept = values > smallest * values[-1].clamp_min(1e-300)
         inverse = torch.where(kept, values.reciprocal(), 0.0)
         solution = vectors @ (inverse[:, None] * (vectors.T @ scaled_rhs))
     return solution * inverse_scale[:, None]

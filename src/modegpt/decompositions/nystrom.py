@@ -38,12 +38,22 @@ def ridge_leverage_scores(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     strength = ridge * gram.diagonal().mean()
     if strength <= 0:
         return torch.zeros(m, dtype=gram.dtype, device=gram.device)
-    shifted = gram + strength * torch.eye(m, dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    shifted = gram.clone()
+    shifted.diagonal().add_(strength)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    del shifted  # m x m matrices are what limits the size of a model: three at once, not four
+    if failed:  # rounding in C outweighs lambda
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp_min(0)
+        scores: torch.Tensor = vectors.square() @ (values / (values + strength))
+        return scores.clamp(0, 1)
+    inverse = torch.cholesky_inverse(factor)
     return (1 - strength * inverse.diagonal()).clamp(0, 1)
 
 
-def nystrom_decomposition(gram: torch.Tensor, output: torch.Tensor, rank: int, ridge: float) -> NystromDecomposition:
+def nystrom_decomposition(
+    gram: torch.Tensor, output: torch.Tensor, rank: int, ridge: float, resolution: float = 0.0
+) -> NystromDecomposition:
     """Keep the ``rank`` channels of largest ridge leverage and re-fit the output map to them.
 
     W_U' = W_U S, W_D' = pinv(S^T C S) S^T C W_D: the least-squares optimum for the given S. It is computed
@@ -51,8 +61,9 @@ def nystrom_decomposition(gram: torch.Tensor, output: torch.Tensor, rank: int, r
     weights in the directions that no calibration token excites.
 
     ``gram`` is C = Z^T Z (m, m) of the activations Z = sigma(X W_U) that enter ``output`` W_D (m, d), both
-    float64; ``rank`` k is from 1 to m. The error is that of the dropped channels D against their best
-    prediction from the kept ones, tr(W_D[D]^T (C_DD - C_DS pinv(C_SS) C_SD) W_D[D]); what is below 1e-12
+    float64; ``rank`` k is from 1 to m; ``resolution`` is the relative precision of C's entries. The error is
+    that of the dropped channels D against their best prediction from the kept ones,
+    tr(W_D[D]^T (C_DD - C_DS pinv(C_SS) C_SD) W_D[D]); what is below 1e-12
     of the norm is rounding.
     """
     m = gram.shape[0]
@@ -67,7 +78,7 @@ def nystrom_decomposition(gram: torch.Tensor, output: torch.Tensor, rank: int, r
     dropped = mask.nonzero().flatten()
 
     across = gram[kept][:, dropped]  # C_SD
-    prediction = solve_psd(gram[kept][:, kept], across)  # pinv(C_SS) C_SD: dropped channels from kept ones
+    prediction = solve_psd(gram[kept][:, kept], across, resolution)  # pinv(C_SS) C_SD: dropped channels from kept ones
     residual = gram[dropped][:, dropped] - across.T @ prediction
     dropped_output = output[dropped]
     return NystromDecomposition(

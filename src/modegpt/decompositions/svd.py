@@ -6,26 +6,30 @@ from dataclasses import dataclass
 
 import torch
 
+from .linalg import cutoff
+
 
 @dataclass(frozen=True)
 class SVDDecomposition:
     """Thinner value and output maps of the heads that share one value head."""
 
     value: torch.Tensor
-    """W_v': (d, k) float64."""
+    """W_v': (..., d, k) float64."""
     output: torch.Tensor
-    """W_o' of each head of the group: (g, k, d) float64."""
+    """W_o' of each head of the group: (..., g, k, d) float64."""
     error: float
-    """sum over the group's heads of ||X W_v W_o - X W_v' W_o'||_F^2 over the calibration tokens, exactly."""
+    """sum over the heads of ||X W_v W_o - X W_v' W_o'||_F^2 over the calibration tokens, exactly."""
     norm: float
-    """sum over the group's heads of ||X W_v W_o||_F^2."""
+    """sum over the heads of ||X W_v W_o||_F^2."""
 
 
-def svd_decomposition(gram: torch.Tensor, value: torch.Tensor, output: torch.Tensor, rank: int) -> SVDDecomposition:
+def svd_decomposition(
+    gram: torch.Tensor, value: torch.Tensor, output: torch.Tensor, rank: int, resolution: float = 0.0
+) -> SVDDecomposition:
     """Best rank-k factors of X W_v W_o: two thin SVDs for one head, the first alone for a group.
 
-    ``gram`` is C = X^T X (d, d) of the attention block's input, ``value`` W_v (d, h), ``output`` W_o (g, h, d) of
-    the g heads that share W_v; all float64. One head (Algorithm 3):
+    ``gram`` is C = X^T X (d, d) of the attention block's input, ``value`` W_v (..., d, h), ``output`` W_o
+    (..., g, h, d) of the g heads that share W_v; all float64. One head (Algorithm 3):
 
         C^(1/2) W_v = U S V^T,  S V^T W_o = U' S' V'^T,  W_v' = C^(-1/2) U U'_k,  W_o' = S'_k V'_k^T
 
@@ -33,27 +37,29 @@ def svd_decomposition(gram: torch.Tensor, value: torch.Tensor, output: torch.Ten
 
     No root of C is formed: W_v^T C W_v = V S^2 V^T is head-sized, and C^(-1/2) U = W_v V S^-1 (on the range
     of C, which is all the calibration data can see). Channels are then scaled so that W_v' and W_o' share
-    their size evenly. Directions the data do not excite, below
-    ``sqrt(h eps)`` of the largest singular value, are zero. Full rank returns the weights as they are.
+    their size evenly. Directions the data do not excite, below :func:`cutoff` of the largest energy for
+    a ``gram`` of relative precision ``resolution``, are zero. Full rank returns the weights as they are. Leading
+    axes of ``value`` and ``output`` are groups.
     """
-    if rank == value.shape[1]:
-        norm = float(((value.T @ gram @ value) @ output * output).sum())
+    moment = value.mT @ (gram @ value)  # W_v^T C W_v: (..., h, h)
+    if rank == value.shape[-1]:
+        norm = float(((moment.unsqueeze(-3) @ output) * output).sum())
         return SVDDecomposition(value.clone(), output.clone(), error=0.0, norm=norm)
-    squared, basis = torch.linalg.eigh(value.T @ gram @ value)  # ascending
-    squared, basis = squared.flip(0), basis.flip(1)
-    cutoff = value.shape[1] * torch.finfo(value.dtype).eps * squared[0].clamp_min(0)
-    alive = squared > cutoff
+    squared, basis = torch.linalg.eigh(moment)  # ascending
+    squared, basis = squared.flip(-1), basis.flip(-1)
+    alive = squared > cutoff(value.shape[-1], resolution) * squared[..., :1].clamp_min(0)
     singular = torch.where(alive, squared, 0.0).sqrt()  # S
     inverse = torch.where(alive, singular.reciprocal(), 0.0)  # S^-1 on the excited directions
-    whiten = value @ (basis * inverse)  # C^(-1/2) U
-    mixed = (singular[:, None] * basis.T) @ output  # S V^T W_o,j: (g, h, d)
+    whiten = value @ (basis * inverse.unsqueeze(-2))  # C^(-1/2) U
+    mixed = (singular.unsqueeze(-1) * basis.mT).unsqueeze(-3) @ output  # S V^T W_o,j: (..., g, h, d)
     norm = float(mixed.square().sum())
-    if output.shape[0] > 1:
-        thin_value, thin_output = _balance(whiten[:, :rank], mixed[:, :rank])
-        return SVDDecomposition(thin_value, thin_output, error=float(mixed[:, rank:].square().sum()), norm=norm)
-    left, second, right = torch.linalg.svd(mixed[0], full_matrices=False)  # U', S', V'^T
-    thin_value, thin_output = _balance(whiten @ left[:, :rank], (second[:rank, None] * right[:rank])[None])
-    return SVDDecomposition(thin_value, thin_output, error=float(second[rank:].square().sum()), norm=norm)
+    if output.shape[-3] > 1:
+        thin_value, thin_output = _balance(whiten[..., :rank], mixed[..., :rank, :])
+        return SVDDecomposition(thin_value, thin_output, error=float(mixed[..., rank:, :].square().sum()), norm=norm)
+    left, second, right = torch.linalg.svd(mixed.squeeze(-3), full_matrices=False)  # U', S', V'^T
+    thin_output = (second[..., :rank, None] * right[..., :rank, :]).unsqueeze(-3)
+    thin_value, thin_output = _balance(whiten @ left[..., :rank], thin_output)
+    return SVDDecomposition(thin_value, thin_output, error=float(second[..., rank:].square().sum()), norm=norm)
 
 
 def _balance(value: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,6 +68,6 @@ def _balance(value: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, t
     The product is the same. Unbalanced, values would have unit energy over all calibration tokens together,
     so their weights would shrink with the amount of text and leave the range of 16-bit formats.
     """
-    columns, rows = value.norm(dim=0), output.norm(dim=(0, 2))
+    columns, rows = value.norm(dim=-2), output.norm(dim=(-3, -1))
     scale = torch.where((columns > 0) & (rows > 0), (rows / columns).sqrt(), 1.0)
-    return value * scale, output / scale[:, None]
+    return value * scale.unsqueeze(-2), output / scale[..., None, :, None]

@@ -31,7 +31,7 @@ class ModeGPT(Method):
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics, rank: int) -> Solution[MLPWeights]:
         """Algorithm 1."""
-        result = nystrom_decomposition(statistics.mlp, weights.output, rank, self.ridge)
+        result = nystrom_decomposition(statistics.mlp, weights.output, rank, self.ridge, statistics.resolution)
         kept = result.kept
         return Solution(
             MLPWeights(
@@ -46,11 +46,8 @@ class ModeGPT(Method):
 
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics, rank: int) -> Solution[QueryKeyWeights]:
         """Algorithm 2, one selection per key-value head."""
-        results = [
-            cr_decomposition(query_gram, key_gram, rank)
-            for query_gram, key_gram in zip(statistics.query, statistics.key, strict=True)
-        ]
-        pairs = torch.stack([result.kept for result in results])  # (G, r)
+        result = cr_decomposition(statistics.query, statistics.key, rank)
+        pairs = result.kept  # (G, r)
         channels = torch.cat((pairs, pairs + weights.key.shape[-1] // 2), dim=-1)  # (G, 2r)
 
         def select(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,8 +61,8 @@ class ModeGPT(Method):
                 query_bias=None if weights.query_bias is None else select(weights.query_bias),
                 key_bias=None if weights.key_bias is None else select(weights.key_bias),
             ),
-            sum(result.error for result in results),
-            sum(result.norm for result in results),
+            result.error,
+            result.norm,
             pairs,
         )
 
@@ -74,19 +71,15 @@ class ModeGPT(Method):
     ) -> Solution[ValueOutputWeights]:
         """Algorithm 3, or appendix B.1 where several heads share one value head."""
         value_bias, output_bias = _fold_value_bias(weights, rank)
-        results = [
-            svd_decomposition(statistics.attention_input, value, output, rank)
-            for value, output in zip(weights.value, weights.output, strict=True)
-        ]
+        result = svd_decomposition(
+            statistics.attention_input, weights.value, weights.output, rank, statistics.resolution
+        )
         return Solution(
             ValueOutputWeights(
-                value=torch.stack([result.value for result in results]),
-                output=torch.stack([result.output for result in results]),
-                value_bias=value_bias,
-                output_bias=output_bias,
+                value=result.value, output=result.output, value_bias=value_bias, output_bias=output_bias
             ),
-            sum(result.error for result in results),
-            sum(result.norm for result in results),
+            result.error,
+            result.norm,
         )
 
 

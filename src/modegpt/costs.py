@@ -1,0 +1,137 @@
+"""What a compression costs, from the shapes alone: floating-point operations and bytes.
+
+Notation: d hidden size, m intermediate size, H query heads, G key-value heads, h head size, T tokens in a
+window. A multiplication and an addition count as two operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from .budget import Module
+from .families import decoder_layers, family_of
+from .statistics import panels
+
+_K = TypeVar("_K")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shapes of a stock model that costs depend on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    groups: int
+    head: int
+    gates: int
+    """Maps into the intermediate space: two for a gated MLP."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Sizes:
+        """The sizes of a stock model (which may be on the meta device)."""
+        family = family_of(model)
+        layers = decoder_layers(model, family)
+        description, config = family.description, model.config
+        output = layers[0].get_submodule(description.mlp_output)
+        key = layers[0].get_submodule(f"{description.attention}.{description.key}")
+        return cls(
+            layers=len(layers),
+            hidden=config.hidden_size,
+            intermediate=output.in_features,  # type: ignore[arg-type]
+            heads=config.num_attention_heads,
+            groups=config.num_key_value_heads,
+            head=key.out_features // config.num_key_value_heads,
+            gates=len(description.mlp_inputs),
+        )
+
+    def scaled(self, share: float) -> Sizes:
+        """The same shape, about ``share`` as wide, with as many heads to a group and heads as large."""
+        groups = max(1, round(self.groups * share))
+        return replace(
+            self,
+            layers=1,
+            hidden=max(8, round(self.hidden * share / 8) * 8),
+            intermediate=max(8, round(self.intermediate * share / 8) * 8),
+            heads=groups * self.heads // self.groups,
+            groups=groups,
+        )
+
+
+def layer_parameters(sizes: Sizes) -> int:
+    """Weights of one decoder layer's linear maps: q and o, k and v, and the MLP's."""
+    d, h = sizes.hidden, sizes.head
+    return 2 * d * sizes.heads * h + 2 * d * sizes.groups * h + (sizes.gates + 1) * d * sizes.intermediate
+
+
+def forward_flops(sizes: Sizes, window: int, kept: float = 1.0) -> float:
+    """Operations of one layer for one token of a ``window``, with the share ``kept`` of its channels.
+
+    Attention counts every pair of positions, as PyTorch's counter does; causal kernels skip some of them.
+    """
+    return kept * (2.0 * layer_parameters(sizes) + 4 * window * sizes.heads * sizes.head)
+
+
+def gram_flops(sizes: Sizes) -> float:
+    """Operations to add one token to a layer's statistics (see :class:`modegpt.statistics.GramSum`)."""
+    per_head = 2.0 * (sizes.heads + sizes.groups) * sizes.head**2
+    return per_head + _panel_flops(sizes.hidden) + _panel_flops(sizes.intermediate)
+
+
+def _panel_flops(n: int) -> float:
+    return float(sum(2 * (panel.stop - panel.start) * (n - panel.start) for panel in panels(n)))
+
+
+def head_flops(hidden: int, vocabulary: int) -> float:
+    """Operations of the output head for one token."""
+    return 2.0 * hidden * vocabulary
+
+
+def statistics_bytes(sizes: Sizes) -> int:
+    """The float64 sums of one layer."""
+    return 8 * (sizes.intermediate**2 + sizes.hidden**2 + (sizes.heads + sizes.groups) * sizes.head**2)
+
+
+def solve_bytes(sizes: Sizes) -> int:
+    """What solving the MLP holds at once besides the statistics and the layer: the largest of the three modules.
+
+    Three m x m matrices (a factor, an inverse, a part of C), and the MLP's weights before and after, in float64.
+    """
+    m, d = sizes.intermediate, sizes.hidden
+    return 8 * (3 * m**2 + (sizes.gates + 2) * m * d)
+
+
+def forward_bytes(sizes: Sizes, tokens: int, item: int) -> int:
+    """What a layer's forward over ``tokens`` at once holds: mostly the MLP's channels, some of them in float32."""
+    return tokens * (item * (5 * sizes.hidden + 3 * sizes.intermediate) + 4 * sizes.intermediate)
+
+
+def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
+    """Operations to solve one module of a layer with the paper's algorithms, keeping the share ``kept``.
+
+    MLP: Cholesky factor and inverse of C, m^3, then of C_SS, k^3, the solution for the m - k others, and W_D'.
+    Value-output: W_v^T C W_v for every value head, and a thin SVD of an h x d matrix for each.
+    Query-key: a sum over channels. The constants are the leading ones; only ratios matter to :func:`spread`.
+    """
+    d, m, h = sizes.hidden, sizes.intermediate, sizes.head
+    if module == "mlp":
+        k = kept * m
+        return m**3 + k**3 + 2 * k**2 * (m - k) + 4 * k * (m - k) * d + 2 * m**2 * d
+    if module == "vo":
+        return sizes.groups * (2 * d**2 * h + 12 * d * h**2) + sizes.heads * 4 * d * h**2 + 10 * sizes.groups * h**3
+    return 10.0 * sizes.heads * h**2
+
+
+def spread(costs: Mapping[_K, float], workers: int) -> dict[_K, int]:
+    """Give each task to the worker with the least to do so far, the costliest first; ties go to the lower rank."""
+    load = [0.0] * workers
+    owners = {}
+    for task in sorted(costs, key=lambda task: -costs[task]):
+        owners[task] = load.index(min(load))
+        load[owners[task]] += costs[task]
+    return owners

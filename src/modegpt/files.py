@@ -1,0 +1,49 @@
+"""Writing files that survive a crash: whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Have the operating system put ``path`` on disk (directories cannot be opened everywhere)."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Have ``write`` fill a file beside ``path``, then put it in its place in one step.
+
+    After a crash at any moment ``path`` holds what it held before, or all of the new content.
+    """
+    temporary = path.with_name(f"{path.name}.incomplete")
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def existing_parent(path: Path) -> Path:
+    """The closest directory above ``path`` that exists."""
+    return next(parent for parent in path.resolve().parents if parent.exists())

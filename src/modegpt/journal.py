@@ -1,0 +1,252 @@
+"""What a compression has finished, on disk, so that an interrupted run can go on.
+
+A directory beside the output holds one safetensors file for every finished layer and a manifest that is
+replaced in one step. The inputs of the next layer need not be in it: running the finished layers gives them again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .data import TokenWindows
+from .errors import InvalidRequest, StorageError
+from .files import replace_file, sha256_of
+from .parallel import restarts
+from .results import LayerResult
+
+_MANIFEST, _LOCK, _WINDOWS = "manifest.json", "lock", "windows.safetensors"
+
+
+class _LayerRecord(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    sha256: str
+    result: LayerResult
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = 1
+    run: str
+    starts: int = 0
+    fingerprint: dict[str, Any]
+    influence: list[tuple[float, float, float]] | None = None
+    layers: dict[int, _LayerRecord] = {}
+    perplexity: dict[str, float] = {}
+    published: str | None = None
+
+
+class Journal:
+    """The progress of one compression, durable after every call that changes it. Made by :func:`open_journal`."""
+
+    def __init__(self, directory: Path, manifest: _Manifest) -> None:
+        self.directory = directory
+        self._manifest = manifest
+        self._broken = [index for index, record in manifest.layers.items() if not self._intact(index, record)]
+        for index in self._broken:
+            del manifest.layers[index]
+        manifest.starts += 1
+        self._write()
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether anything was finished."""
+        return bool(self._manifest.layers or self._manifest.influence or self.windows())
+
+    @property
+    def run(self) -> str:
+        """A name of this run that no other has."""
+        return self._manifest.run
+
+    @property
+    def starts(self) -> int:
+        """How often this run was started, this time included."""
+        return self._manifest.starts
+
+    @property
+    def finished(self) -> dict[int, LayerResult]:
+        """The finished layers."""
+        return {index: record.result for index, record in sorted(self._manifest.layers.items())}
+
+    @property
+    def broken(self) -> list[int]:
+        """Layers that were finished once and whose files were found damaged or missing: to be done again."""
+        return self._broken
+
+    @property
+    def influence(self) -> list[tuple[float, float, float]] | None:
+        """The block-influence scores, once they are known."""
+        return self._manifest.influence
+
+    def keep_influence(self, scores: list[tuple[float, float, float]]) -> None:
+        """Note the block-influence scores."""
+        self._manifest.influence = scores
+        self._write()
+
+    def perplexity(self, model: str) -> float | None:
+        """The perplexity of the ``dense`` or the ``compressed`` model, once it is known."""
+        return self._manifest.perplexity.get(model)
+
+    def keep_perplexity(self, model: str, value: float) -> None:
+        """Note a perplexity."""
+        self._manifest.perplexity[model] = value
+        self._write()
+
+    def tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of finished layer ``index``, by their names in the layer."""
+        tensors: dict[str, torch.Tensor] = load_file(self.file(index))
+        return tensors
+
+    def keep_layer(self, index: int, tensors: Mapping[str, torch.Tensor], result: LayerResult) -> None:
+        """Put a finished layer on disk; raises :class:`StorageError`, and loses nothing, when that fails."""
+        file = self.file(index)
+        on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with self.storing():
+            file.parent.mkdir(exist_ok=True)
+            replace_file(file, lambda path: save_file(on_host, path, metadata={"format": "pt"}))
+            record = _LayerRecord(bytes=file.stat().st_size, sha256=sha256_of(file), result=result)
+        self._manifest.layers[index] = record
+        self._write()
+
+    def windows(self) -> TokenWindows | None:
+        """The calibration windows that were sampled from the model, once they are."""
+        file = self.directory / _WINDOWS
+        return TokenWindows(load_file(file)["ids"]) if file.is_file() else None
+
+    def keep_windows(self, windows: TokenWindows) -> None:
+        """Keep sampled windows, which take long to make."""
+        with self.storing():
+            replace_file(self.directory / _WINDOWS, lambda path: save_file({"ids": windows.ids}, path))
+
+    def file(self, index: int) -> Path:
+        """Where layer ``index`` is kept."""
+        return self.directory / "layers" / f"{index:05d}.safetensors"
+
+    @property
+    def published(self) -> str | None:
+        """The hash of the report of the checkpoint that this run was about to put in place, if it came so far."""
+        return self._manifest.published
+
+    def announce(self, report_hash: str) -> None:
+        """Note that the checkpoint with this report is complete and is now being put in place."""
+        self._manifest.published = report_hash
+        self._write()
+
+    def remove(self) -> None:
+        """The run is over: nothing of it is needed any more."""
+        # The manifest last, so that a directory without one is never work that could go on.
+        for path in self.directory.iterdir():
+            if path.name not in (_MANIFEST, _LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(self.directory)
+
+    def _intact(self, index: int, record: _LayerRecord) -> bool:
+        file = self.file(index)
+        return file.is_file() and file.stat().st_size == record.bytes and sha256_of(file) == record.sha256
+
+    def _write(self) -> None:
+        content = self._manifest.model_dump_json(indent=1).encode()
+        with self.storing():
+            replace_file(self.directory / _MANIFEST, lambda path: path.write_bytes(content))
+
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        """Turn a failure to write within this context into a :class:`StorageError` that says how to go on."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"{self.directory}: {getattr(error, 'strerror', None) or error}; the layers finished so far are kept: "
+                "make room and repeat the command to go on"
+            ) from error
+
+
+def work_directory(output: Path) -> Path:
+    """Where an unfinished compression into ``output`` is kept: beside it, so that a rename can finish it."""
+    target = output.resolve()
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def left_behind(output: Path) -> tuple[Path, str | None]:
+    """The work directory of ``output``, and what an interrupted run in it announced, if there is one."""
+    directory = work_directory(output)
+    try:
+        return directory, _Manifest.model_validate_json((directory / _MANIFEST).read_bytes()).published
+    except (OSError, ValidationError):
+        return directory, None
+
+
+@contextmanager
+def open_journal(output: Path, fingerprint: Mapping[str, Any], *, restart: bool) -> Iterator[Journal]:
+    """The journal of the compression into ``output``: a new one, or that of an interrupted run to go on with.
+
+    ``fingerprint`` is everything the result depends on. Raises :class:`InvalidRequest` when another process is at
+    it, and when the interrupted run's fingerprint is another one, unless ``restart`` throws that run away.
+    """
+    directory = work_directory(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / _LOCK)
+    try:
+        lock.acquire(timeout=60 if restarts() else 0)  # the process before may still be ending
+    except Timeout:
+        raise InvalidRequest(f"--output {str(output)!r}: another compression into it is running") from None
+    except OSError as error:
+        raise InvalidRequest(f"--output {str(output)!r}: {directory} is not writable: {error.strerror}") from error
+    try:
+        journal = Journal(directory, _manifest(directory, dict(fingerprint), restart))
+        try:
+            yield journal
+        finally:
+            if directory.exists() and not journal.worth_keeping:
+                journal.remove()
+    finally:
+        lock.release()
+
+
+def _manifest(directory: Path, fingerprint: dict[str, Any], restart: bool) -> _Manifest:
+    path = directory / _MANIFEST
+    fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
+    new = _Manifest(run=uuid4().hex, fingerprint=fingerprint)
+    if restart or not path.is_file():
+        for entry in directory.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else os.unlink(entry)
+        return new
+    try:
+        found = _Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise InvalidRequest(
+            f"{path} is not the manifest of an interrupted run; --restart throws that directory's content away"
+        ) from error
+    names = sorted(fingerprint.keys() | found.fingerprint.keys())
+    differing = [
+        f"{name} (then {_short(found.fingerprint.get(name))}, now {_short(fingerprint.get(name))})"
+        for name in names
+        if found.fingerprint.get(name) != fingerprint.get(name)
+    ]
+    if differing:
+        raise InvalidRequest(
+            f"an interrupted run in {directory} differs in {'; '.join(differing)}: repeat its command to go on, or "
+            "give --restart to throw its work away"
+        )
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

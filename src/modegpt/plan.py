@@ -1,0 +1,384 @@
+"""What a compression will take, before it starts: memory, disk, arithmetic and time, from the config alone.
+
+Memory, disk and arithmetic follow from the shapes. For the time, one random layer of the model's shape (of a
+smaller one of the same proportions where that would take long) is really run and solved on this machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .activations import Activations
+from .budget import MODULES, average_sparsity
+from .config import RunConfig
+from .costs import (
+    Sizes,
+    forward_bytes,
+    forward_flops,
+    gram_flops,
+    head_flops,
+    solve_bytes,
+    solve_flops,
+    statistics_bytes,
+)
+from .data import SELF, TokenWindows
+from .errors import InvalidRequest
+from .families import model_geometry
+from .files import existing_parent
+from .layered import resident
+from .methods import METHODS
+from .parallel import Workers, processes
+from .runner import HEAD_POSITIONS, LayerRunner
+from .sources import ModelSource, empty_model
+from .statistics import StatisticsCollector, observable
+from .weights import read_mlp, read_query_key, read_value_output
+
+#: What PyTorch's kernels and the allocator hold besides tensors; measured on small models.
+OVERHEAD_BYTES = 150_000_000
+#: A GPU's context and the libraries' workspaces on it.
+DEVICE_OVERHEAD_BYTES = 700_000_000
+_PROBE_WIDTH, _PROBE_TOKENS, _PROBE_VOCABULARY, _PROBES = 1024, 2048, 2048, 2
+
+
+class Part(BaseModel):
+    """One entry of a sum of bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    bytes: int
+
+
+class PhasePlan(BaseModel):
+    """What one phase computes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    flops: float
+    seconds: float | None
+    """None where no time was asked for."""
+
+
+class Plan(BaseModel):
+    """The predicted cost of a compression, for one of its processes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    host: list[Part]
+    """Parts of the peak of host memory."""
+    device: list[Part]
+    """Parts of the peak of GPU memory; empty on a CPU."""
+    disk: list[Part]
+    """At the output, work in progress included."""
+    offload: int
+    """Bytes in the offload folder."""
+    phases: list[PhasePlan]
+
+    @property
+    def host_peak(self) -> int:
+        """Peak host memory in bytes."""
+        return sum(part.bytes for part in self.host)
+
+    @property
+    def device_peak(self) -> int:
+        """Peak device memory in bytes."""
+        return sum(part.bytes for part in self.device)
+
+    @property
+    def disk_peak(self) -> int:
+        """Bytes needed on disk at the output."""
+        return sum(part.bytes for part in self.disk)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all phases."""
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted time of all phases."""
+        return None if not self.phases or self.phases[0].seconds is None else sum(p.seconds or 0 for p in self.phases)
+
+
+class Shape(BaseModel):
+    """The sizes of a model in numbers of tensors' elements."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    sizes: Sizes
+    layer: int
+    """Parameters of one decoder layer."""
+    rest: int
+    """Parameters outside the layers: embeddings, head and norms, tied ones once."""
+    vocabulary: int
+    item: int
+    """Bytes of a parameter."""
+
+    @property
+    def layers(self) -> int:
+        """Bytes of all decoder layers."""
+        return self.sizes.layers * self.layer * self.item
+
+
+def shape_of(model: PreTrainedModel, item: int) -> Shape:
+    """The shape of a stock model, which may be on the meta device."""
+    geometry = model_geometry(model)
+    layers = sum(layer.parameters for layer in geometry)
+    return Shape(
+        sizes=Sizes.of(model),
+        layer=max(layer.parameters for layer in geometry),
+        rest=sum(parameter.numel() for parameter in model.parameters()) - layers,
+        vocabulary=model.config.vocab_size,
+        item=item,
+    )
+
+
+def make_plan(config: RunConfig, source: ModelSource, model_config: PreTrainedConfig, *, timed: bool) -> Plan:
+    """The plan of ``config``; with ``timed`` it includes times, whose measurement takes some seconds.
+
+    Raises :class:`InvalidRequest` for a config that describes no model, and for a ratio out of reach.
+    """
+    try:
+        model = empty_model(model_config, config.trust_remote_code)
+        dtype = _dtype(config, source, model_config)
+        shape = shape_of(model, dtype.itemsize)
+    except Exception as error:  # a config can be valid by itself and still describe no model
+        message = " ".join(str(error).split())
+        raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
+    average_sparsity(model_geometry(model), config.modules, config.ratio, config.align)
+    rates = _probe(config, model, dtype) if timed else None
+    return Plan(
+        host=_host(config, shape),
+        device=_device(config, shape),
+        disk=_disk(config, shape),
+        offload=2 * _states(config, shape) if config.offload_folder else 0,
+        phases=_phases(config, shape, rates),
+    )
+
+
+def check_plan(plan: Plan, config: RunConfig) -> None:
+    """Refuse what this machine cannot hold, naming the option that would make it fit."""
+    used = psutil.Process().memory_info().rss
+    free = psutil.virtual_memory().available + used
+    needed = plan.host_peak * processes(config.devices)
+    if needed > free:
+        raise InvalidRequest(
+            f"not enough memory: about {_gib(needed)} are needed and {_gib(free)} are free; {_remedy(plan, config)}"
+        )
+    if plan.device:
+        available = torch.cuda.mem_get_info(config.device)[0]
+        if plan.device_peak > available:
+            raise InvalidRequest(
+                f"not enough memory on {config.device}: about {_gib(plan.device_peak)} are needed and "
+                f"{_gib(available)} are free; use --dtype bfloat16, a smaller --batch-size or --device cpu"
+            )
+    wanted = {config.output: plan.disk_peak, config.offload_folder: plan.offload}
+    for folder, bytes_needed in wanted.items():
+        if folder is None:
+            continue
+        room = psutil.disk_usage(str(existing_parent(folder))).free
+        if bytes_needed > room:
+            option = "--output" if folder == config.output else "--offload-folder"
+            raise InvalidRequest(
+                f"not enough disk at {option}: about {_gib(bytes_needed)} are needed and {_gib(room)} are free; "
+                f"use --dtype bfloat16 or another {option}"
+            )
+
+
+def _remedy(plan: Plan, config: RunConfig) -> str:
+    """The option that would save most."""
+    largest = max(plan.host[1:], key=lambda part: part.bytes).name
+    if largest == "hidden states":
+        return "keep the hidden states on disk with --offload-folder, or use fewer --samples"
+    if largest == "whole model" and config.calibration == SELF:
+        return "--calibration self needs the whole model in memory: calibrate on a text instead, or --dtype bfloat16"
+    if largest == "layer at work":
+        return "use a smaller --batch-size or --sequence-length, or --dtype bfloat16"
+    return "use --dtype bfloat16, or fewer --devices"
+
+
+def _host(config: RunConfig, shape: Shape) -> list[Part]:
+    parts = [Part(name="program", bytes=psutil.Process().memory_info().rss + OVERHEAD_BYTES)]
+    layer = shape.layer * shape.item
+    if config.calibration == SELF:
+        parts.append(Part(name="whole model", bytes=shape.rest * shape.item + shape.layers))
+        return parts
+    if not config.offload_folder:
+        parts.append(Part(name="hidden states", bytes=_states(config, shape)))
+    if _on_gpu(config):
+        parts.append(Part(name="layer being read", bytes=2 * layer))
+        return parts
+    return [*parts, *_model_parts(config, shape)]
+
+
+def _device(config: RunConfig, shape: Shape) -> list[Part]:
+    if not _on_gpu(config):
+        return []
+    return [Part(name="context", bytes=DEVICE_OVERHEAD_BYTES), *_model_parts(config, shape)]
+
+
+def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
+    """What is held where the model runs: the rest of the model, two layers, and the larger of what is done with one."""
+    batch = min(config.batch_size, config.samples) * config.sequence_length
+    statistics = statistics_bytes(shape.sizes)
+    forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
+    solve = statistics + solve_bytes(shape.sizes)
+    logits = 0
+    if config.evaluate != "none":
+        logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
+    return [
+        Part(name="embeddings and head", bytes=shape.rest * shape.item),
+        Part(name="two layers", bytes=2 * shape.layer * shape.item),
+        Part(name="layer at work", bytes=max(forward, solve, logits)),
+    ]
+
+
+def _disk(config: RunConfig, shape: Shape) -> list[Part]:
+    layers = round(shape.layers - config.ratio * shape.layers)
+    return [
+        Part(name="finished layers", bytes=layers),
+        Part(name="checkpoint", bytes=layers + 2 * shape.rest * shape.item),
+    ]
+
+
+def _states(config: RunConfig, shape: Shape) -> int:
+    """Bytes of the hidden states of one process."""
+    windows = math.ceil(config.samples / processes(config.devices))
+    return windows * config.sequence_length * shape.sizes.hidden * shape.item
+
+
+class _Rates(BaseModel):
+    """Operations per second, measured on one layer."""
+
+    forward: float
+    gram: float
+    solve: float
+    head: float
+
+
+def _phases(config: RunConfig, shape: Shape, rates: _Rates | None) -> list[PhasePlan]:
+    sizes, kept = shape.sizes, 1 - config.ratio
+    window = config.sequence_length
+    tokens = config.samples * window
+    evaluated = 0 if config.evaluate == "none" else config.evaluation_samples * window
+    dense = sizes.layers * forward_flops(sizes, window)
+    thin = sizes.layers * forward_flops(sizes, window, kept)
+    solve = sizes.layers * sum(solve_flops(module, sizes, kept) for module in MODULES)
+    head = 2 * head_flops(sizes.hidden, shape.vocabulary)
+
+    def phase(name: str, **flops: float) -> PhasePlan:
+        seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items())
+        return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
+
+    phases = [phase("scores", forward=tokens * dense)] if config.allocation != "uniform" else []
+    phases.append(phase("calibrate", forward=tokens * dense, gram=tokens * sizes.layers * gram_flops(sizes)))
+    phases.append(phase("solve", solve=solve))
+    if config.statistics == "sequential":
+        # The last layer's outputs are nobody's inputs.
+        phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))
+    if evaluated:
+        phases.append(phase("evaluate", forward=evaluated * (dense + thin), head=evaluated * head))
+    return phases
+
+
+def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> _Rates:
+    """Run and solve one random layer as the engine does, and see how fast this machine is at it."""
+    real = Sizes.of(model)
+    sizes = real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
+    window = min(config.sequence_length, _PROBE_TOKENS)
+    probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
+    batch = TokenWindows(torch.randint(_PROBE_VOCABULARY, (1, window)))
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def clock(name: str) -> Iterator[None]:
+        _wait(config.device)
+        started = time.perf_counter()
+        yield
+        _wait(config.device)
+        seconds[name] = min(time.perf_counter() - started, seconds.get(name, math.inf))  # the first time warms up
+
+    def rank(full: int) -> int:
+        return max(1, round(kept * full))
+
+    layered, kept = resident(probe), 1 - config.ratio
+    method, family = METHODS[config.method].from_config(config), layered.family.description
+    layer, groups, heads = layered.layers[0], sizes.groups, sizes.heads
+    with observable(probe), LayerRunner(layered, [batch], Workers()).active() as runner:
+        for _ in range(_PROBES):
+            with clock("forward"):
+                runner.run_layer(0, Activations(1))
+            collector = StatisticsCollector(layer, family, groups)
+            with clock("calibrate"), collector.attached():
+                runner.run_layer(0, Activations(1), before=collector.next_batch)
+        statistics = collector.result(Workers())
+        with clock("solve"):
+            method.mlp(read_mlp(layer, family), statistics, rank(sizes.intermediate))
+            method.query_key(read_query_key(layer, family, groups, heads), statistics, rank(sizes.head // 2))
+            method.value_output(read_value_output(layer, family, groups, heads), statistics, rank(sizes.head))
+    states, weight = (torch.randn(rows, sizes.hidden, dtype=dtype, device=config.device) for rows in (256, 1024))
+    for _ in range(_PROBES):
+        with clock("head"):
+            states @ weight.T
+    forward = window * forward_flops(sizes, window)
+    return _Rates(
+        forward=forward / seconds["forward"],
+        # Overlapping measurements can come out the wrong way round on a busy machine.
+        gram=window * gram_flops(sizes) / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
+        solve=sum(solve_flops(module, sizes, kept) for module in MODULES) / seconds["solve"],
+        head=256 * head_flops(sizes.hidden, 1024) / seconds["head"],
+    )
+
+
+def _one_layer(model: PreTrainedModel, sizes: Sizes, dtype: torch.dtype) -> PreTrainedModel:
+    """A random model of one layer of these ``sizes``, otherwise configured like ``model``."""
+    config = copy.deepcopy(model.config)
+    config.update(
+        {
+            "num_hidden_layers": 1,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": sizes.intermediate,
+            "num_attention_heads": sizes.heads,
+            "num_key_value_heads": sizes.groups,
+            "head_dim": sizes.head,
+            "vocab_size": _PROBE_VOCABULARY,
+            "pad_token_id": None,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        probe: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
+    probe.eval()
+    return probe
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    return torch.device(config.device).type == "cuda"
+
+
+def _dtype(config: RunConfig, source: ModelSource, model_config: PreTrainedConfig) -> torch.dtype:
+    """The dtype of the weights once loaded, as far as the config tells."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    named = None if source.is_gguf else getattr(model_config, "dtype", None)
+    named = getattr(torch, named, None) if isinstance(named, str) else named
+    return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

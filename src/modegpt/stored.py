@@ -1,0 +1,158 @@
+"""The tensors of a checkpoint on disk, read a few at a time: safetensors directories and GGUF files.
+
+Nothing stays mapped or cached between two reads, so memory holds only what the caller keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+
+from .errors import InvalidRequest
+
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+_SAMPLE_BYTES, _SAMPLES = 4096, 256
+
+
+class StoredTensors(ABC):
+    """Named tensors in files."""
+
+    files: list[Path]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    """That of the first floating-point tensor."""
+
+    @abstractmethod
+    def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """Copies of the tensors called ``names``, floating-point ones cast to ``dtype``."""
+
+
+class SafetensorsDirectory(StoredTensors):
+    """A Hugging Face directory's ``model.safetensors``, or its shards by their index."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        index = directory / INDEX_FILE
+        names = shard_names(index) if index.is_file() else [WEIGHTS_FILE]
+        self.files = [directory / name for name in names]
+        self._file_of: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes = []
+        for file in self.files:
+            if not file.is_file():
+                raise InvalidRequest(f"MODEL {str(directory)!r} has no {file.name}; weights must be safetensors files")
+            try:
+                with safetensors.safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                        part = tensors.get_slice(name)
+                        self._file_of[name] = file
+                        shapes[name] = tuple(part.get_shape())
+                        dtypes.append(part.get_dtype())
+            except Exception as error:
+                raise InvalidRequest(f"{file} is not a complete safetensors file: {error}") from error
+        self.shapes = shapes
+        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        self.dtype = next((known[dtype] for dtype in dtypes if dtype in known), torch.float32)
+
+    def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._file_of[name], []).append(name)
+        result = {}
+        for file, inside in wanted.items():
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                for name in inside:
+                    tensor = tensors.get_tensor(name)  # a view of the mapped file
+                    result[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        return result
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where a GGUF tensor lies, and how it is encoded."""
+
+    offset: int
+    bytes: int
+    encoding: Any
+
+
+class GGUFFile(StoredTensors):
+    """A GGUF file's tensors, dequantised, under the names that Transformers gives them."""
+
+    def __init__(self, path: Path, names: Iterable[str], config: Any) -> None:
+        """``names`` are those of the model's state dict: GGUF has a vocabulary of its own."""
+        import gguf
+
+        reader = gguf.GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        table = gguf.get_tensor_name_map(
+            next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
+            config.num_hidden_layers,
+        )
+        self._path, self.files, self.dtype = path, [path], torch.float32
+        self._blocks: dict[str, _Block] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            stem, _, kind = name.rpartition(".")
+            tensor = tensors.get(f"{table.get_name(stem)}.{kind}")
+            if tensor is not None:
+                shapes[name] = tuple(int(size) for size in reversed(tensor.shape))
+                self._blocks[name] = _Block(int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type)
+        self.shapes = shapes
+        self._heads = {}
+        if architecture == "llama":  # its converter reorders the rotary channels of queries and keys
+            self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+
+    def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        import gguf
+
+        result = {}
+        for name in names:
+            block = self._blocks[name]
+            raw = np.fromfile(self._path, dtype=np.uint8, count=block.bytes, offset=block.offset)
+            shape = self.shapes[name]
+            values = gguf.dequantize(raw.reshape(gguf.quant_shape_to_byte_shape(shape, block.encoding)), block.encoding)
+            tensor = torch.from_numpy(values.astype(np.float32, copy=False)).view(shape)
+            heads = self._heads.get(name.split(".")[-2])
+            if heads is not None:
+                tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(shape)
+            result[name] = tensor.to(device, dtype)
+        return result
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """A hash of every file's size and of blocks spread evenly over it.
+
+    Reading all of a large model for this would take longer than it is worth: another model, revision or
+    fine-tuning differs everywhere.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(size * number // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names; refuses one that is not an index."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise TypeError("shard names must be plain file names")
+        return names
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InvalidRequest(f"{index} is not a safetensors index: {error}") from error
