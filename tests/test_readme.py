@@ -1,11 +1,14 @@
-"""The README's numbers and commands are those of the results files and of the command line."""
+"""Numbers and commands in README and docs are those of the results files and of the command line."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -14,11 +17,12 @@ from modegpt.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands() -> list[list[str]]:
-    lines = re.findall(r"^\$ modegpt (.*)$", README, flags=re.MULTILINE)
-    return [shlex.split(line) for line in lines]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    return [shlex.split(line) for line in re.findall(r"^\$ modegpt (.*)$", text, flags=re.MULTILINE)]
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: words[0])
@@ -37,8 +41,21 @@ def test_quality_table_is_quoted_from_the_results() -> None:
         assert f"{row['perplexity']:.2f}" in "\n".join(table)
 
 
-def test_linked_files_exist() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+def test_the_scaling_table_is_that_of_the_formulas() -> None:
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks/scaling.py")
+    assert spec is not None
+    assert spec.loader is not None
+    scaling = importlib.util.module_from_spec(spec)
+    with patch.dict(sys.modules, {"scaling": scaling}):
+        spec.loader.exec_module(scaling)
+    table = (ROOT / "benchmarks/results/scaling.md").read_text()
+    assert scaling.table() == table
+    assert table in (ROOT / "docs/scaling.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert links
     for link in links:
-        assert (ROOT / link).exists(), link
+        assert (page.parent / link).exists(), link

@@ -79,6 +79,7 @@ def compress(
     from .console import choose_progress, plan_line, say, summary_table
     from .parallel import first_process, launch, launched, processes
     from .pipeline import check_request, compress_to_directory
+    from .report import RunFacts
 
     config = _run_config(arguments)
     if (count := processes(config.devices)) > 1 and not launched():
@@ -87,7 +88,7 @@ def compress(
     quiet = quiet or not first_process()
     progress = choose_progress(Console(stderr=True), quiet)
     try:
-        report, facts = compress_to_directory(
+        report = compress_to_directory(
             config,
             progress,
             command=shlex.join(["modegpt", *sys.argv[1:]]),
@@ -98,7 +99,7 @@ def compress(
         raise SystemExit(130) from None
     if not quiet:
         console = Console()
-        console.print(summary_table(report, facts))
+        console.print(summary_table(report, RunFacts.read(output)))
         say(console, f"Checkpoint: {output}")
 
 

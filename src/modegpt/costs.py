@@ -97,13 +97,17 @@ def statistics_bytes(sizes: Sizes) -> int:
     return 8 * (sizes.intermediate**2 + sizes.hidden**2 + (sizes.heads + sizes.groups) * sizes.head**2)
 
 
-def solve_bytes(sizes: Sizes) -> int:
-    """What solving the MLP holds at once besides the statistics and the layer: the largest of the three modules.
+def solve_bytes(sizes: Sizes, tokens: int, kept: float = 0.7) -> int:
+    """What solving the MLP, the largest of the three modules, holds at once besides the statistics and the layer.
 
-    Three m x m matrices (a factor, an inverse, a part of C), and the MLP's weights before and after, in float64.
+    C_SS and its factor with C_SD, its scaled copy and the prediction, or before that the factor of C; and the
+    output map before and after, all in float64. With fewer ``tokens`` than kept channels C_SS is singular and takes
+    an eigendecomposition.
     """
     m, d = sizes.intermediate, sizes.hidden
-    return 8 * (3 * m**2 + (sizes.gates + 2) * m * d)
+    k = kept * m
+    kept_squares = 2 if tokens >= k else 6
+    return round(8 * (max(m**2, kept_squares * k**2 + 3 * k * (m - k)) + 2 * m * d))
 
 
 def forward_bytes(sizes: Sizes, tokens: int, item: int) -> int:
@@ -114,14 +118,15 @@ def forward_bytes(sizes: Sizes, tokens: int, item: int) -> int:
 def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
     """Operations to solve one module of a layer with the paper's algorithms, keeping the share ``kept``.
 
-    MLP: Cholesky factor and inverse of C, m^3, then of C_SS, k^3, the solution for the m - k others, and W_D'.
-    Value-output: W_v^T C W_v for every value head, and a thin SVD of an h x d matrix for each.
-    Query-key: a sum over channels. The constants are the leading ones; only ratios matter to :func:`spread`.
+    MLP: Cholesky factor of C and diagonal of its inverse, the same of C_SS, the prediction of the m - k others with
+    its residual, W_D' and the norm. Value-output: W_v^T C W_v for every value head, and a thin SVD of an h x d
+    matrix for each. Query-key: a sum over channels. Leading terms only.
     """
     d, m, h = sizes.hidden, sizes.intermediate, sizes.head
     if module == "mlp":
         k = kept * m
-        return m**3 + k**3 + 2 * k**2 * (m - k) + 4 * k * (m - k) * d + 2 * m**2 * d
+        others = m - k
+        return 2 / 3 * (m**3 + k**3) + 2 * k * others * m + 2 * k * others * d + 2 * others**2 * d + 2 * m**2 * d
     if module == "vo":
         return sizes.groups * (2 * d**2 * h + 12 * d * h**2) + sizes.heads * 4 * d * h**2 + 10 * sizes.groups * h**3
     return 10.0 * sizes.heads * h**2

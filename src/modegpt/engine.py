@@ -52,6 +52,9 @@ from .weights import (
 
 Tensors = dict[str, torch.Tensor]
 
+#: Keeps the cosine of a zero vector finite, namely zero.
+_TINY = 1e-30
+
 
 @dataclass(frozen=True)
 class Compression:
@@ -190,11 +193,13 @@ class Engine:
         totals = torch.zeros(4, dtype=torch.float64, device=self.dense.device)
 
         def score(batch: TokenWindows, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-            stages = [_real(x, batch) for x in (entering, middle.value, leaving)]
-            for slot, (start, end) in enumerate(((0, 2), (0, 1), (1, 2))):
-                similarity = nn.functional.cosine_similarity(stages[start], stages[end], dim=-1)
+            start, between, end = (_real(x, batch) for x in (entering, middle.value, leaving))
+            sizes = [x.norm(dim=-1) for x in (start, between, end)]
+            pairs = ((start, end, 0, 2), (start, between, 0, 1), (between, end, 1, 2))
+            for slot, (one, other, i, j) in enumerate(pairs):
+                similarity = torch.einsum("nd,nd->n", one, other) / (sizes[i] * sizes[j]).clamp_min(_TINY)
                 totals[slot] += (1 - similarity.double()).sum()
-            totals[3] += len(stages[0])
+            totals[3] += len(start)
 
         with middle.attached():
             self._runner.run_layer(index, hidden, after=score)
@@ -223,6 +228,7 @@ class Engine:
                 needed = bool(open_layers) and start <= index < open_layers[-1]  # the outputs, by a later layer
                 through_dense = not sequential or self._whole(index, choice.ranks[index])
                 if index not in done:
+                    self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
                         statistics = self._calibrate(index, layer, hidden, keep=needed and through_dense)
                         self.dense.prefetch(index + 1)
@@ -329,6 +335,7 @@ class Engine:
         return vo, value_output_tensors(vo.weights, family)
 
     def _keep(self, index: int, thin: LayeredModel, state: Tensors, result: LayerResult) -> None:
+        self.progress.detail("keeping the layer")
         if self._journal:
             self._journal.keep_layer(index, state, result)
         if self._durable:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .data import TokenWindows
-from .errors import InvalidRequest, StorageError
+from .errors import InvalidRequest, NumericalError, StorageError
 from .files import replace_file, sha256_of
 from .parallel import restarts
 from .results import LayerResult
@@ -211,6 +211,9 @@ def open_journal(output: Path, fingerprint: Mapping[str, Any], *, restart: bool)
         journal = Journal(directory, _manifest(directory, dict(fingerprint), restart))
         try:
             yield journal
+        except (InvalidRequest, NumericalError):
+            journal.remove()  # the same command would fail in the same way
+            raise
         finally:
             if directory.exists() and not journal.worth_keeping:
                 journal.remove()

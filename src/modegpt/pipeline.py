@@ -77,7 +77,7 @@ def compress_to_directory(
     *,
     command: str | None = None,
     show: Callable[[Plan], object] | None = None,
-) -> tuple[CompressionReport, RunFacts]:
+) -> CompressionReport:
     """Carry out ``config``: everything wrong is refused before any weight is loaded.
 
     An interrupted run of the same config goes on where it was. Under ``torchrun`` the processes share the work.
@@ -126,9 +126,7 @@ def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedCo
     return model_config, make_plan(config, source, model_config, timed=timed)
 
 
-def _compress(
-    request: Request, progress: Progress, crew: Workers, command: str | None
-) -> tuple[CompressionReport, RunFacts]:
+def _compress(request: Request, progress: Progress, crew: Workers, command: str | None) -> CompressionReport:
     config, source = request.config, request.source
     with progress.phase("text"):
         texts = read_texts(config, request.tokenizer)
@@ -138,7 +136,7 @@ def _compress(
     with _journal(request, texts, crew) as journal:
         if journal is not None and published(journal.directory, config.output, journal.published):
             journal.remove()
-            return _published_facts(config.output)
+            return CompressionReport.read(config.output)
         calibration, evaluation = _sampled(request, texts, journal, crew, progress)
         engine = Engine(
             dense,
@@ -179,7 +177,7 @@ def _compress(
                 run=facts,
                 overwrite=config.overwrite,
             )
-        return report, facts
+        return report
 
 
 @contextmanager
@@ -212,12 +210,6 @@ def _published(output: Path) -> bool:
     """Whether only the tidying up of an earlier run into ``output`` is left to do."""
     directory, announced = left_behind(output)
     return published(directory, output, announced)
-
-
-def _published_facts(output: Path) -> tuple[CompressionReport, RunFacts]:
-    facts = RunFacts.read(output)
-    assert facts is not None
-    return CompressionReport.read(output), facts
 
 
 def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,9 +158,14 @@ def make_plan(config: RunConfig, source: ModelSource, model_config: PreTrainedCo
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     average_sparsity(model_geometry(model), config.modules, config.ratio, config.align)
     rates = _probe(config, model, dtype) if timed else None
+    return predict(config, shape, on_gpu=torch.device(config.device).type == "cuda", rates=rates)
+
+
+def predict(config: RunConfig, shape: Shape, *, on_gpu: bool, rates: Rates | None = None) -> Plan:
+    """The plan of ``config`` for a model of this ``shape``; with ``rates`` it includes times."""
     return Plan(
-        host=_host(config, shape),
-        device=_device(config, shape),
+        host=_host(config, shape, on_gpu),
+        device=_device(config, shape) if on_gpu else [],
         disk=_disk(config, shape),
         offload=2 * _states(config, shape) if config.offload_folder else 0,
         phases=_phases(config, shape, rates),
@@ -168,9 +174,8 @@ def make_plan(config: RunConfig, source: ModelSource, model_config: PreTrainedCo
 
 def check_plan(plan: Plan, config: RunConfig) -> None:
     """Refuse what this machine cannot hold, naming the option that would make it fit."""
-    used = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available + used
-    needed = plan.host_peak * processes(config.devices)
+    free = psutil.virtual_memory().available
+    needed = processes(config.devices) * plan.host_peak - psutil.Process().memory_info().rss
     if needed > free:
         raise InvalidRequest(
             f"not enough memory: about {_gib(needed)} are needed and {_gib(free)} are free; {_remedy(plan, config)}"
@@ -186,7 +191,7 @@ def check_plan(plan: Plan, config: RunConfig) -> None:
     for folder, bytes_needed in wanted.items():
         if folder is None:
             continue
-        room = psutil.disk_usage(str(existing_parent(folder))).free
+        room = shutil.disk_usage(existing_parent(folder)).free
         if bytes_needed > room:
             option = "--output" if folder == config.output else "--offload-folder"
             raise InvalidRequest(
@@ -207,7 +212,7 @@ def _remedy(plan: Plan, config: RunConfig) -> str:
     return "use --dtype bfloat16, or fewer --devices"
 
 
-def _host(config: RunConfig, shape: Shape) -> list[Part]:
+def _host(config: RunConfig, shape: Shape, on_gpu: bool) -> list[Part]:
     parts = [Part(name="program", bytes=psutil.Process().memory_info().rss + OVERHEAD_BYTES)]
     layer = shape.layer * shape.item
     if config.calibration == SELF:
@@ -215,15 +220,13 @@ def _host(config: RunConfig, shape: Shape) -> list[Part]:
         return parts
     if not config.offload_folder:
         parts.append(Part(name="hidden states", bytes=_states(config, shape)))
-    if _on_gpu(config):
-        parts.append(Part(name="layer being read", bytes=2 * layer))
+    if on_gpu:
+        parts.append(Part(name="layers being read", bytes=2 * layer))
         return parts
     return [*parts, *_model_parts(config, shape)]
 
 
 def _device(config: RunConfig, shape: Shape) -> list[Part]:
-    if not _on_gpu(config):
-        return []
     return [Part(name="context", bytes=DEVICE_OVERHEAD_BYTES), *_model_parts(config, shape)]
 
 
@@ -232,7 +235,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     batch = min(config.batch_size, config.samples) * config.sequence_length
     statistics = statistics_bytes(shape.sizes)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
-    solve = statistics + solve_bytes(shape.sizes)
+    solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, 1 - config.ratio)
     logits = 0
     if config.evaluate != "none":
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
@@ -244,11 +247,9 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _disk(config: RunConfig, shape: Shape) -> list[Part]:
-    layers = round(shape.layers - config.ratio * shape.layers)
-    return [
-        Part(name="finished layers", bytes=layers),
-        Part(name="checkpoint", bytes=layers + 2 * shape.rest * shape.item),
-    ]
+    weights = round(shape.layers - config.ratio * shape.layers) + shape.rest * shape.item
+    # Finished layers stay until the checkpoint made of them is in its place.
+    return [Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
 
 
 def _states(config: RunConfig, shape: Shape) -> int:
@@ -257,8 +258,10 @@ def _states(config: RunConfig, shape: Shape) -> int:
     return windows * config.sequence_length * shape.sizes.hidden * shape.item
 
 
-class _Rates(BaseModel):
+class Rates(BaseModel):
     """Operations per second, measured on one layer."""
+
+    model_config = ConfigDict(frozen=True)
 
     forward: float
     gram: float
@@ -266,7 +269,7 @@ class _Rates(BaseModel):
     head: float
 
 
-def _phases(config: RunConfig, shape: Shape, rates: _Rates | None) -> list[PhasePlan]:
+def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhasePlan]:
     sizes, kept = shape.sizes, 1 - config.ratio
     window = config.sequence_length
     tokens = config.samples * window
@@ -291,7 +294,7 @@ def _phases(config: RunConfig, shape: Shape, rates: _Rates | None) -> list[Phase
     return phases
 
 
-def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> _Rates:
+def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rates:
     """Run and solve one random layer as the engine does, and see how fast this machine is at it."""
     real = Sizes.of(model)
     sizes = real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
@@ -331,7 +334,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> _Ra
         with clock("head"):
             states @ weight.T
     forward = window * forward_flops(sizes, window)
-    return _Rates(
+    return Rates(
         forward=forward / seconds["forward"],
         # Overlapping measurements can come out the wrong way round on a busy machine.
         gram=window * gram_flops(sizes) / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
@@ -365,10 +368,6 @@ def _one_layer(model: PreTrainedModel, sizes: Sizes, dtype: torch.dtype) -> PreT
 def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _on_gpu(config: RunConfig) -> bool:
-    return torch.device(config.device).type == "cuda"
 
 
 def _dtype(config: RunConfig, source: ModelSource, model_config: PreTrainedConfig) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ from .modeling import Family
 
 @dataclass(frozen=True)
 class MLPWeights:
-    """sigma(x W_U) W_D. Gated MLPs have two input maps, W_G and W_U, that share one selection."""
+    """sigma(x W_U) W_D. Gated MLPs have two input maps, W_G and W_U, that share one selection.
+
+    The input maps stay in the model's dtype: behind a nonlinearity, their channels can be chosen but not mixed.
+    """
 
     inputs: tuple[torch.Tensor, ...]
     """Each (d, m)."""
@@ -57,7 +61,7 @@ class ValueOutputWeights:
 
 def read_mlp(layer: nn.Module, family: Family) -> MLPWeights:
     """Copy a stock layer's MLP into the common form."""
-    inputs = [_linear(layer, path) for path in family.mlp_inputs]
+    inputs = [_linear(layer, path, double=False) for path in family.mlp_inputs]
     return MLPWeights(
         inputs=tuple(weight for weight, _ in inputs),
         input_biases=tuple(bias for _, bias in inputs),
@@ -117,12 +121,14 @@ def value_output_tensors(vo: ValueOutputWeights, family: Family) -> dict[str, to
     }
 
 
-def _linear(layer: nn.Module, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W of y = x W + b, and b."""
-    module = layer.get_submodule(path)
-    bias = module.bias
-    weight = module.weight.detach().double().T  # type: ignore[operator]
-    return weight, None if bias is None else bias.detach().double()  # type: ignore[operator]
+def _linear(layer: nn.Module, path: str, *, double: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W of y = x W + b, and b; in float64 if ``double``."""
+    module: Any = layer.get_submodule(path)
+    weight = module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    if double:
+        weight, bias = weight.double(), None if bias is None else bias.double()
+    return weight.T, bias
 
 
 def _per_head(bias: torch.Tensor | None, *sizes: int) -> torch.Tensor | None:

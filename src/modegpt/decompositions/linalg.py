@@ -25,19 +25,48 @@ def solve_psd(matrix: torch.Tensor, rhs: torch.Tensor, resolution: float = 0.0) 
     smallest = cutoff(matrix.shape[0], resolution)
     scale = matrix.diagonal().clamp_min(0).sqrt()
     inverse_scale = torch.where(scale > 0, scale.reciprocal(), 0.0)
-    unit = matrix * inverse_scale[:, None] * inverse_scale
     scaled_rhs = rhs * inverse_scale[:, None]
 
-    factor, failed = torch.linalg.cholesky_ex(unit)
+    factor = cholesky_of_copy(matrix, inverse_scale)
     # The trace of the inverse bounds the inverse of the smallest eigenvalue; pivots bound nothing.
-    if not failed and torch.cholesky_inverse(factor).diagonal().sum() < 1 / smallest:
+    if factor is not None and inverse_diagonal(factor).sum() < 1 / smallest:
         solution = torch.cholesky_solve(scaled_rhs, factor)
     else:
-        values, vectors = torch.linalg.eigh(unit)
+        values, vectors = torch.linalg.eigh(matrix * inverse_scale[:, None] * inverse_scale)
         kept = values > smallest * values[-1].clamp_min(1e-300)
         inverse = torch.where(kept, values.reciprocal(), 0.0)
         solution = vectors @ (inverse[:, None] * (vectors.T @ scaled_rhs))
     return solution * inverse_scale[:, None]
+
+
+def cholesky_of_copy(
+    matrix: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | float = 0.0
+) -> torch.Tensor | None:
+    """L with L L^T = diag(s) A diag(s) + shift I for a symmetric A (n, n), or None where that is not positive definite.
+
+    One n x n matrix beside A is held and no other: these are what limits the size of a model.
+    """
+    copy = matrix.clone()
+    if scale is not None:
+        copy.mul_(scale[:, None]).mul_(scale)
+    copy.diagonal().add_(shift)
+    factor = copy.mT  # the same matrix in the order that the routine works in, so that it can work in place
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    return None if failed else factor
+
+
+def inverse_diagonal(factor: torch.Tensor, block: int = 512) -> torch.Tensor:
+    """diag(A^-1) of A = L L^T, (n,): the squared lengths of the columns of L^-1, a block of columns at a time."""
+    n = factor.shape[0]
+    result = factor.new_empty(n)
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        columns = factor.new_zeros(n - start, stop - start)  # L^-1 is triangular too: above, its columns are zero
+        columns.diagonal().fill_(1)
+        columns = torch.linalg.solve_triangular(factor[start:, start:], columns, upper=False)
+        result[start:stop] = columns.square_().sum(0)
+    return result
 
 
 def top_indices(scores: torch.Tensor, count: int) -> torch.Tensor:

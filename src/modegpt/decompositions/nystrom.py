@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .linalg import solve_psd, top_indices
+from .linalg import cholesky_of_copy, inverse_diagonal, solve_psd, top_indices
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,13 @@ def ridge_leverage_scores(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     strength = ridge * gram.diagonal().mean()
     if strength <= 0:
         return torch.zeros(m, dtype=gram.dtype, device=gram.device)
-    shifted = gram.clone()
-    shifted.diagonal().add_(strength)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    del shifted  # m x m matrices are what limits the size of a model: three at once, not four
-    if failed:  # rounding in C outweighs lambda
+    factor = cholesky_of_copy(gram, shift=strength)
+    if factor is None:  # rounding in C outweighs lambda
         values, vectors = torch.linalg.eigh(gram)
         values = values.clamp_min(0)
         scores: torch.Tensor = vectors.square() @ (values / (values + strength))
         return scores.clamp(0, 1)
-    inverse = torch.cholesky_inverse(factor)
-    return (1 - strength * inverse.diagonal()).clamp(0, 1)
+    return (1 - strength * inverse_diagonal(factor)).clamp(0, 1)
 
 
 def nystrom_decomposition(
@@ -77,9 +73,11 @@ def nystrom_decomposition(
     mask[kept] = False
     dropped = mask.nonzero().flatten()
 
-    across = gram[kept][:, dropped]  # C_SD
-    prediction = solve_psd(gram[kept][:, kept], across, resolution)  # pinv(C_SS) C_SD: dropped channels from kept ones
-    residual = gram[dropped][:, dropped] - across.T @ prediction
+    across = gram[kept[:, None], dropped]  # C_SD
+    prediction = solve_psd(
+        gram[kept[:, None], kept], across, resolution
+    )  # pinv(C_SS) C_SD: dropped channels from kept ones
+    residual = gram[dropped[:, None], dropped] - across.T @ prediction
     dropped_output = output[dropped]
     return NystromDecomposition(
         kept,

@@ -1,0 +1,138 @@
+"""The plan: what it predicts is what a run then measures."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from helpers import compress_arguments, random_text, run_cli, run_process, tiny_llama
+from modegpt.config import CompressionConfig, RunConfig
+from modegpt.costs import Sizes, forward_flops, gram_flops, spread
+from modegpt.data import TokenWindows
+from modegpt.engine import compress_model
+from modegpt.pipeline import plan_request
+from modegpt.plan import Plan, Shape, predict, shape_of
+
+LLAMA_7B = Sizes(layers=32, hidden=4096, intermediate=11008, heads=32, groups=32, head=128, gates=2)
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers, statistics and hidden states outweigh the program."""
+    directory = tmp_path_factory.mktemp("models") / "wide"
+    tiny_tokenizer_files = [path for path in tiny_checkpoint.iterdir() if path.name.startswith("tokenizer")]
+    model = tiny_llama(
+        vocab_size=40_000,
+        hidden_size=512,
+        intermediate_size=2560,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        initializer_range=0.02,
+    )
+    model.save_pretrained(directory)
+    for path in tiny_tokenizer_files:
+        (directory / path.name).write_bytes(path.read_bytes())
+    return directory
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "dense"])
+def test_peak_memory_and_disk_are_within_a_fifth_of_what_is_measured(
+    wide_checkpoint: Path, tmp_path: Path, statistics: str
+) -> None:
+    text, output = tmp_path / "long.txt", tmp_path / "small"
+    text.write_text(random_text(600, seed=0))
+    options = ("--samples", 64, "--sequence-length", 128, "--statistics", statistics, "--quiet")
+    command = compress_arguments(wide_checkpoint, output, text, *options)
+    assert run_process(*command).code == 0
+    facts = json.loads((output / "run.json").read_text())
+    predicted = Plan.model_validate(facts["planned"])
+    assert predicted.host_peak == pytest.approx(facts["peak_memory_bytes"], rel=0.2)
+    written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    assert predicted.disk[1].bytes == pytest.approx(written, rel=0.2)
+
+
+@pytest.mark.parametrize("statistics", ["sequential", "dense"])
+@pytest.mark.parametrize("allocation", ["uniform", "block-influence"])
+def test_arithmetic_is_within_a_fifth_of_what_is_counted(statistics: str, allocation: str) -> None:
+    """PyTorch counts matrix products; factorisations, which it does not count, are a small part here."""
+    model = tiny_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=4, attn_implementation="eager")
+    windows = TokenWindows(torch.randint(0, 128, (24, 64), generator=torch.Generator().manual_seed(0)))
+    settings = {"ratio": 0.3, "samples": 24, "sequence_length": 64, "statistics": statistics, "allocation": allocation}
+    with FlopCounterMode(display=False) as counted:
+        compress_model(model, windows, CompressionConfig.validated(**settings))
+    config = RunConfig.validated(model="m", output="out", evaluate="none", **settings)
+    plan = predict(config, shape_of(model, 4), on_gpu=False)
+    assert plan.flops == pytest.approx(counted.get_total_flops(), rel=0.2)
+
+
+def test_a_plan_reads_nothing_but_the_config(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    outcome = run_cli("plan", tmp_path, "--ratio", 0.3, "--samples", 8, "--sequence-length", 32)
+    assert (outcome.code, outcome.err) == (0, "")
+    for words in ("Peak memory", "hidden states", "two layers", "Disk", "scores", "calibrate", "solve", "pass on"):
+        assert words in outcome.out
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_refused(tiny_checkpoint: Path) -> None:
+    outcome = run_cli("plan", tiny_checkpoint, "--ratio", 0.3, "--samples", 10**10, "--sequence-length", 128)
+    assert outcome.code == 2
+    assert "hidden states" in outcome.out
+    assert re.fullmatch(r"modegpt: not enough memory: [^\n]*--offload-folder[^\n]*\n", outcome.err)
+
+
+def test_plan_and_compress_have_the_same_options() -> None:
+    options = [set(re.findall(r"--[a-z-]+", run_cli(name, "--help").out)) for name in ("plan", "compress")]
+    assert options[0] == options[1]
+
+
+def test_every_phase_has_a_time_only_if_asked(tiny_checkpoint: Path) -> None:
+    settings = {"ratio": 0.3, "samples": 8, "sequence_length": 32}
+    config = RunConfig.validated(model=str(tiny_checkpoint), output="out", **settings)
+    assert all((phase.seconds or 0) > 0 for phase in plan_request(config)[1].phases)
+    assert all(phase.seconds is None for phase in plan_request(config, timed=False)[1].phases)
+
+
+def plan_of(shape: Shape, **settings: object) -> Plan:
+    config = RunConfig.validated(**({"model": "m", "output": "out", "ratio": 0.3, "evaluate": "none"} | settings))
+    return predict(config, shape, on_gpu=False)
+
+
+def shape_7b(layers: int = 32) -> Shape:
+    sizes = replace(LLAMA_7B, layers=layers)
+    return Shape(sizes=sizes, layer=202_383_360, rest=262_148_096, vocabulary=32000, item=2)
+
+
+def test_memory_does_not_depend_on_the_number_of_layers() -> None:
+    few, many = (plan_of(shape_7b(layers)) for layers in (2, 200))
+    assert [part.bytes for part in few.host[1:]] == [part.bytes for part in many.host[1:]]
+    assert many.disk_peak > 50 * few.disk_peak
+
+
+def test_hidden_states_go_to_the_offload_folder() -> None:
+    kept, offloaded = plan_of(shape_7b()), plan_of(shape_7b(), offload_folder="states")
+    states = 128 * 2048 * 4096 * 2
+    assert sum(part.bytes for part in kept.host[1:]) - sum(part.bytes for part in offloaded.host[1:]) == states
+    assert (kept.offload, offloaded.offload) == (0, 2 * states)
+
+
+def test_seven_billion_parameters_cost_what_arithmetic_says() -> None:
+    """Two operations for each of the 6.48e9 weights of the linear maps and token, and attention over the window."""
+    per_token = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32 * 4 * 2048 * 4096
+    assert 32 * forward_flops(LLAMA_7B, 2048) == per_token
+    symmetric = 11008**2 + 4096**2
+    assert symmetric < gram_flops(LLAMA_7B) < 1.2 * symmetric + 2 * 64 * 128**2
+
+
+def test_spreading_gives_the_costliest_first_to_the_least_busy() -> None:
+    costs = {"a": 1.0, "b": 7.0, "c": 3.0, "d": 3.0}
+    assert spread(costs, 1) == dict.fromkeys(costs, 0)
+    assert spread(costs, 2) == {"b": 0, "c": 1, "d": 1, "a": 1}
+    assert sorted(spread(costs, 8).values()) == [0, 1, 2, 3]
