@@ -86,7 +86,8 @@ def main() -> None:
             result = engine.compress(
                 METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
             )
-        report = build_report(model, result, config, TextFacts.of(Path(arguments.train).name, train))
+        text = TextFacts.of(Path(arguments.train).name, train)
+        report = build_report(model, result, config, text, command="benchmarks/quality.py")
         row = {
             "method": config.method,
             **setting,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from .errors import StorageError
 from .files import sync
 
 
@@ -67,18 +70,21 @@ class DiskActivations(Activations):
         return None if self._current is None else load_file(self._current / _name(number))["hidden"]
 
     def put(self, number: int, state: torch.Tensor) -> None:
-        self._next.mkdir(parents=True, exist_ok=True)
-        save_file({"hidden": state.cpu().contiguous()}, self._next / _name(number))
+        with self._storing():
+            self._next.mkdir(parents=True, exist_ok=True)
+            save_file({"hidden": state.cpu().contiguous()}, self._next / _name(number))
 
     def complete(self, layer: int) -> None:
-        for path in self._next.iterdir():
-            sync(path)
-        previous, self._current = self._current, self._directory(layer)
-        shutil.rmtree(self._current, ignore_errors=True)
-        os.rename(self._next, self._current)
-        sync(self._folder)
-        if previous is not None:
-            shutil.rmtree(previous)
+        with self._storing():
+            self._next.mkdir(parents=True, exist_ok=True)  # there may be no batches
+            for path in self._next.iterdir():
+                sync(path)
+            previous, self._current = self._current, self._directory(layer)
+            shutil.rmtree(self._current, ignore_errors=True)
+            os.rename(self._next, self._current)
+            sync(self._folder)
+            if previous is not None:
+                shutil.rmtree(previous)
 
     def restore(self, layer: int) -> bool:
         shutil.rmtree(self._next, ignore_errors=True)
@@ -95,6 +101,16 @@ class DiskActivations(Activations):
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._current = None
+
+    @contextmanager
+    def _storing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"--offload-folder: {self._folder}: {getattr(error, 'strerror', None) or error}; what is finished so "
+                "far is kept: once that is mended, repeat the command to go on"
+            ) from error
 
     def _directory(self, layer: int) -> Path:
         return self._folder / f"inputs-{layer:05d}"

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from .errors import CheckpointError, InvalidRequest
 from .families import COMPRESSED_TYPES
 from .files import existing_parent, sha256_of, sync
-from .journal import Journal
+from .journal import REPLACED, Journal
 from .layered import LayeredModel
 from .model_card import model_card
 from .modeling import CompactAttention, layer_sizes, stock_config
@@ -114,6 +114,7 @@ def publish(
     model, layers = thin.model, thin.family.description.layers
     prefix = f"{model.base_model_prefix}.{layers}."
     rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
+    journal.announce(None)
     with journal.storing(), _staged(directory.resolve(), journal.directory, overwrite) as staging:
         model.save_pretrained(staging, state_dict=rest, max_shard_size=2**62)
         rest_file = journal.directory / "rest.safetensors"
@@ -183,7 +184,7 @@ def _staged(target: Path, work: Path, overwrite: bool) -> Iterator[Path]:
     ``work`` is beside ``target``. What is killed on the way leaves ``target`` as it was or, in the middle of the
     exchange, in ``work``; never half of anything.
     """
-    staging, replaced = work / _STAGING, work / "replaced"
+    staging, replaced = work / _STAGING, work / REPLACED
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     yield staging

@@ -78,12 +78,12 @@ def compress(
     arguments = {name: value for name, value in locals().items() if name != "quiet"}
     from .console import choose_progress, plan_line, say, summary_table
     from .parallel import first_process, launch, launched, processes
-    from .pipeline import check_request, compress_to_directory
+    from .pipeline import check_start, compress_to_directory
     from .report import RunFacts
 
     config = _run_config(arguments)
     if (count := processes(config.devices)) > 1 and not launched():
-        check_request(config, timed=False)
+        check_start(config)
         raise SystemExit(launch(count, sys.argv[1:]))
     quiet = quiet or not first_process()
     progress = choose_progress(Console(stderr=True), quiet)
@@ -225,16 +225,15 @@ def _number(text: str, option: str) -> float:
 
 def main() -> None:
     """Entry point: one line and exit code 2 for a wrong request or input, 1 for a failure on the way."""
-    from .errors import CheckpointError, InvalidRequest, ModeGPTError
+    from .errors import CheckpointError, InvalidRequest, ModeGPTError, NumericalError
     from .parallel import first_process
 
     _calm_libraries()
     try:
         app()
     except ModeGPTError as error:
-        if isinstance(error, InvalidRequest) and not first_process():
-            sys.exit(2)  # all processes refuse alike; one says so
-        print(f"modegpt: {error}", file=sys.stderr)
+        if first_process() or not isinstance(error, (InvalidRequest, NumericalError)):  # these are raised by all
+            print(f"modegpt: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, (InvalidRequest, CheckpointError)) else 1)
 
 

@@ -10,11 +10,9 @@ worker and many.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_sp
 from .config import CompressionConfig
 from .costs import Sizes, solve_flops, spread
 from .data import TokenWindows
-from .errors import InvalidRequest, NumericalError
+from .errors import NumericalError
 from .evaluation import Loss
 from .families import model_geometry
 from .journal import Journal
@@ -85,8 +83,7 @@ class Engine:
     """One run over a stock model: scores, ranks, then the layer loop. Use within :meth:`active`.
 
     ``workers`` share the windows and the solving. With a ``journal`` (the first worker's), finished layers go to
-    disk and out of memory, and those already there are not done again. ``offload`` is a folder for the hidden
-    states, for a machine whose memory cannot hold them.
+    disk and out of memory, and those already there are not done again; hidden states go where it says.
     """
 
     def __init__(
@@ -98,7 +95,6 @@ class Engine:
         progress: Progress | None = None,
         workers: Workers | None = None,
         journal: Journal | None = None,
-        offload: Path | None = None,
     ) -> None:
         self.dense = dense
         self.family = dense.family
@@ -106,18 +102,13 @@ class Engine:
         self.workers = workers or Workers()
         self._journal = journal
         self._durable = self.workers.tell(journal is not None)
-        self._offload = offload
+        self._states = self.workers.tell(journal.states if journal else None)
         self._batch_size = batch_size
         self._attention = dense.model.config._attn_implementation
         self._batches = self._own_batches(windows)
         self._runner = LayerRunner(dense, self._batches, self.workers)
         self._geometry = model_geometry(dense.model)
         self._sizes = Sizes.of(dense.model)
-        if len(windows.ids) and self.workers.size > -(-len(windows) // batch_size):
-            raise InvalidRequest(
-                f"{self.workers.size} processes have {-(-len(windows) // batch_size)} batches to share; "
-                "use fewer --devices, more --samples or a smaller --batch-size"
-            )
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -203,6 +194,7 @@ class Engine:
 
         with middle.attached():
             self._runner.run_layer(index, hidden, after=score)
+        hidden.complete(index + 1)
         self.workers.sum(totals)
         whole, attention, mlp = (totals[:3] / totals[3]).tolist()
         return whole, attention, mlp
@@ -220,6 +212,8 @@ class Engine:
         start = 0
         if open_layers and self._everywhere(hidden.restore(open_layers[0])):
             start = open_layers[0]
+        else:
+            hidden.remove()
 
         thin_runner = LayerRunner(thin, self._batches, self.workers)
         results: dict[int, LayerResult] = dict(done)
@@ -239,6 +233,8 @@ class Engine:
                     results[index] = LayerResult(choice.sparsity[index], modules)
                     self._keep(index, thin, state, results[index])
                     del state
+                    if needed and through_dense:
+                        hidden.complete(index + 1)
                 elif needed and through_dense:
                     self._pass_on(self.dense, self._runner, index, hidden)
                 if needed and not through_dense:
@@ -283,6 +279,7 @@ class Engine:
         with model.live(index):
             model.prefetch(index + 1)
             runner.run_layer(index, hidden)
+        hidden.complete(index + 1)
 
     def _solve(
         self,
@@ -381,12 +378,11 @@ class Engine:
         return self.workers.share(list(windows.batches(self._batch_size)))
 
     def _activations(self, purpose: str, batches: Sequence[TokenWindows]) -> Activations:
-        """Room for the hidden states of ``batches``; on disk, in a folder of this run's and this worker's own."""
-        if self._offload is None:
+        """Room for the hidden states of ``batches``, in memory or in a folder of this worker's own."""
+        if self._states is None:
             return Activations(len(batches))
-        run = self.workers.tell(self._journal.run if self._journal else None) or f"process-{os.getpid()}"
-        own = f"{self.workers.rank}-of-{self.workers.size}"
-        return DiskActivations(len(batches), self._offload / f"modegpt-{run}" / f"{purpose}-{own}")
+        own = f"{purpose}-{self.workers.rank}-of-{self.workers.size}"
+        return DiskActivations(len(batches), self._states / own)
 
     def _everywhere(self, true: bool) -> bool:
         """Whether it is ``true`` for all workers."""

@@ -27,6 +27,8 @@ from .files import replace_file, sha256_of
 from .parallel import restarts
 from .results import LayerResult
 
+#: Where an older checkpoint waits while the new one is put in its place.
+REPLACED = "replaced"
 _MANIFEST, _LOCK, _WINDOWS = "manifest.json", "lock", "windows.safetensors"
 
 
@@ -39,7 +41,7 @@ class _LayerRecord(BaseModel):
 
 
 class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     format: int = 1
     run: str
@@ -49,6 +51,8 @@ class _Manifest(BaseModel):
     layers: dict[int, _LayerRecord] = {}
     perplexity: dict[str, float] = {}
     published: str | None = None
+    states: Path | None = None
+    windows: str | None = None
 
 
 class Journal:
@@ -60,6 +64,14 @@ class Journal:
         self._broken = [index for index, record in manifest.layers.items() if not self._intact(index, record)]
         for index in self._broken:
             del manifest.layers[index]
+
+    def begin(self, offload: Path | None) -> None:
+        """Note that the run is started, again perhaps, with its hidden states in the folder ``offload``."""
+        manifest = self._manifest
+        states = None if offload is None else offload / f"modegpt-{manifest.run}"
+        if manifest.states not in (None, states):
+            shutil.rmtree(manifest.states, ignore_errors=True)  # an interrupted run had them elsewhere
+        manifest.states = states
         manifest.starts += 1
         self._write()
 
@@ -72,6 +84,11 @@ class Journal:
     def run(self) -> str:
         """A name of this run that no other has."""
         return self._manifest.run
+
+    @property
+    def states(self) -> Path | None:
+        """The folder for hidden states, this run's own; None where they stay in memory."""
+        return self._manifest.states
 
     @property
     def starts(self) -> int:
@@ -125,13 +142,17 @@ class Journal:
 
     def windows(self) -> TokenWindows | None:
         """The calibration windows that were sampled from the model, once they are."""
-        file = self.directory / _WINDOWS
-        return TokenWindows(load_file(file)["ids"]) if file.is_file() else None
+        file, known = self.directory / _WINDOWS, self._manifest.windows
+        if known is None or not file.is_file() or sha256_of(file) != known:
+            return None
+        return TokenWindows(load_file(file)["ids"])
 
     def keep_windows(self, windows: TokenWindows) -> None:
         """Keep sampled windows, which take long to make."""
         with self.storing():
             replace_file(self.directory / _WINDOWS, lambda path: save_file({"ids": windows.ids}, path))
+        self._manifest.windows = sha256_of(self.directory / _WINDOWS)
+        self._write()
 
     def file(self, index: int) -> Path:
         """Where layer ``index`` is kept."""
@@ -142,13 +163,15 @@ class Journal:
         """The hash of the report of the checkpoint that this run was about to put in place, if it came so far."""
         return self._manifest.published
 
-    def announce(self, report_hash: str) -> None:
-        """Note that the checkpoint with this report is complete and is now being put in place."""
+    def announce(self, report_hash: str | None) -> None:
+        """Note that the checkpoint with this report is complete and is now being put in place (None: not any more)."""
         self._manifest.published = report_hash
         self._write()
 
     def remove(self) -> None:
         """The run is over: nothing of it is needed any more."""
+        if self.states is not None:
+            shutil.rmtree(self.states, ignore_errors=True)
         # The manifest last, so that a directory without one is never work that could go on.
         for path in self.directory.iterdir():
             if path.name not in (_MANIFEST, _LOCK):
@@ -171,8 +194,8 @@ class Journal:
             yield
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"{self.directory}: {getattr(error, 'strerror', None) or error}; the layers finished so far are kept: "
-                "make room and repeat the command to go on"
+                f"{self.directory}: {getattr(error, 'strerror', None) or error}; what is finished so far is kept: "
+                "once that is mended, repeat the command to go on"
             ) from error
 
 
@@ -192,11 +215,14 @@ def left_behind(output: Path) -> tuple[Path, str | None]:
 
 
 @contextmanager
-def open_journal(output: Path, fingerprint: Mapping[str, Any], *, restart: bool) -> Iterator[Journal]:
+def open_journal(
+    output: Path, fingerprint: Mapping[str, Any], *, restart: bool, offload: Path | None = None
+) -> Iterator[Journal]:
     """The journal of the compression into ``output``: a new one, or that of an interrupted run to go on with.
 
-    ``fingerprint`` is everything the result depends on. Raises :class:`InvalidRequest` when another process is at
-    it, and when the interrupted run's fingerprint is another one, unless ``restart`` throws that run away.
+    ``fingerprint`` is everything the result depends on, ``offload`` a folder for hidden states. Raises
+    :class:`InvalidRequest` when another process is at it, and when the interrupted run's fingerprint is another one,
+    unless ``restart`` throws that run away.
     """
     directory = work_directory(output)
     directory.mkdir(parents=True, exist_ok=True)
@@ -208,11 +234,15 @@ def open_journal(output: Path, fingerprint: Mapping[str, Any], *, restart: bool)
     except OSError as error:
         raise InvalidRequest(f"--output {str(output)!r}: {directory} is not writable: {error.strerror}") from error
     try:
-        journal = Journal(directory, _manifest(directory, dict(fingerprint), restart))
+        put_back(directory, output.resolve())
+        manifest = _manifest(directory, dict(fingerprint), restart)
+        journal = Journal(directory, manifest)
         try:
+            journal.begin(offload)
             yield journal
         except (InvalidRequest, NumericalError):
-            journal.remove()  # the same command would fail in the same way
+            if not journal.finished:
+                journal.remove()  # the same command would fail in the same way
             raise
         finally:
             if directory.exists() and not journal.worth_keeping:
@@ -221,11 +251,19 @@ def open_journal(output: Path, fingerprint: Mapping[str, Any], *, restart: bool)
         lock.release()
 
 
+def put_back(directory: Path, target: Path) -> None:
+    """Give an older checkpoint its place again, if a run was interrupted while exchanging it for the new one."""
+    replaced = directory / REPLACED
+    if replaced.exists() and not target.exists():
+        os.rename(replaced, target)
+
+
 def _manifest(directory: Path, fingerprint: dict[str, Any], restart: bool) -> _Manifest:
     path = directory / _MANIFEST
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     new = _Manifest(run=uuid4().hex, fingerprint=fingerprint)
     if restart or not path.is_file():
+        _forget_states(path)
         for entry in directory.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else os.unlink(entry)
@@ -236,6 +274,18 @@ def _manifest(directory: Path, fingerprint: dict[str, Any], restart: bool) -> _M
         raise InvalidRequest(
             f"{path} is not the manifest of an interrupted run; --restart throws that directory's content away"
         ) from error
+    _compare(fingerprint, found, directory)
+    return found
+
+
+def check_unfinished(output: Path, fingerprint: Mapping[str, Any], restart: bool) -> None:
+    """Refuse to go on with unfinished work that :func:`open_journal` would refuse to go on with."""
+    directory = work_directory(output)
+    if directory.is_dir() and not restart:
+        _manifest(directory, dict(fingerprint), restart)
+
+
+def _compare(fingerprint: dict[str, Any], found: _Manifest, directory: Path) -> None:
     names = sorted(fingerprint.keys() | found.fingerprint.keys())
     differing = [
         f"{name} (then {_short(found.fingerprint.get(name))}, now {_short(fingerprint.get(name))})"
@@ -247,7 +297,16 @@ def _manifest(directory: Path, fingerprint: dict[str, Any], restart: bool) -> _M
             f"an interrupted run in {directory} differs in {'; '.join(differing)}: repeat its command to go on, or "
             "give --restart to throw its work away"
         )
-    return found
+
+
+def _forget_states(manifest: Path) -> None:
+    """Remove the hidden states of the run that is thrown away."""
+    try:
+        states = _Manifest.model_validate_json(manifest.read_bytes()).states
+    except (OSError, ValidationError):
+        return
+    if states is not None:
+        shutil.rmtree(states, ignore_errors=True)
 
 
 def _short(value: Any) -> str:

@@ -54,9 +54,9 @@ class LayeredModel:
             return
         coming = self._coming.pop(index, None)
         tensors = self._read(index) if coming is None else coming.result()
-        place(layer, tensors)
-        del tensors
         try:
+            place(layer, tensors)
+            del tensors
             yield layer
         finally:
             evict(layer)

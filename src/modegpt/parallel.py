@@ -16,6 +16,8 @@ from typing import TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import InvalidRequest
 
@@ -90,7 +92,9 @@ def launched() -> bool:
 
 
 def processes(devices: int | str) -> int:
-    """The number of processes that ``--devices`` asks for: 'auto' is one for every GPU."""
+    """The number of processes: what ``torchrun`` started or ``--devices`` asks for ('auto': one for every GPU)."""
+    if launched():
+        return int(os.environ["WORLD_SIZE"])
     return devices if isinstance(devices, int) else max(1, torch.cuda.device_count())
 
 
@@ -132,8 +136,13 @@ def workers(device: str) -> Iterator[Workers]:
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun keeps its store when it starts the processes again, and with it the addresses of the dead.
+        store = PrefixStore(f"start-{restarts()}", store)
     # Objects and host tensors go over gloo, device tensors over NCCL.
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield ProcessGroup()
     finally:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -32,9 +33,9 @@ from .engine import Compression, Engine
 from .errors import InvalidRequest
 from .evaluation import perplexity
 from .families import COMPRESSED_TYPES, check_family, check_model
-from .journal import Journal, left_behind, open_journal
+from .journal import Journal, check_unfinished, left_behind, open_journal
 from .layered import LayeredModel
-from .parallel import Workers, local_device, restarts, workers
+from .parallel import Workers, local_device, processes, restarts, workers
 from .plan import Plan, check_plan, make_plan
 from .progress import Progress
 from .report import (
@@ -108,6 +109,12 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
         raise InvalidRequest(
             f"--evaluate {config.evaluate!r} is the calibration text; use 'held-out' to keep a part of it"
         )
+    batches = math.ceil(config.samples / config.batch_size)
+    if processes(config.devices) > batches:
+        raise InvalidRequest(
+            f"--devices {processes(config.devices)}: there are {batches} batches to share; use fewer processes, more "
+            "--samples or a smaller --batch-size"
+        )
     model_config, plan = plan_request(config, timed=timed)
     check_plan(plan, config)
     check_length(config.sequence_length, model_config)
@@ -116,6 +123,12 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     if config.calibration == SELF:
         start_token(tokenizer)
     return Request(config, source, model_config, tokenizer, plan)
+
+
+def check_start(config: RunConfig) -> None:
+    """Refuse, before processes are started, whatever they would refuse."""
+    request = check_request(config, timed=False)
+    check_unfinished(config.output, _fingerprint(request, read_texts(config, request.tokenizer)), config.restart)
 
 
 def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedConfig, Plan]:
@@ -134,9 +147,11 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
         dense = source.streamed(request.model_config, config.dtype, config.device)
     check_model(dense.model, loaded=False)
     with _journal(request, texts, crew) as journal:
-        if journal is not None and published(journal.directory, config.output, journal.published):
-            journal.remove()
-            return CompressionReport.read(config.output)
+        if crew.tell(journal is not None and published(journal.directory, config.output, journal.published)):
+            report = CompressionReport.read(config.output)
+            if journal is not None:
+                journal.remove()
+            return report
         calibration, evaluation = _sampled(request, texts, journal, crew, progress)
         engine = Engine(
             dense,
@@ -145,7 +160,6 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
             progress=progress,
             workers=crew,
             journal=journal,
-            offload=config.offload_folder,
         )
         with engine.active():
             result = engine.run(config)
@@ -187,7 +201,8 @@ def _journal(request: Request, texts: Texts, crew: Workers) -> Iterator[Journal 
         yield None
         return
     config = request.config
-    with open_journal(config.output, _fingerprint(request, texts), restart=config.restart) as journal:
+    fingerprint = _fingerprint(request, texts)
+    with open_journal(config.output, fingerprint, restart=config.restart, offload=config.offload_folder) as journal:
         yield journal
 
 
@@ -199,7 +214,8 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
     options["--device"] = torch.device(config.device).type
     tokens = {"calibration": texts.calibration, "evaluation": texts.evaluation}
     return {
-        "the model": [request.model_config.to_json_string(), request.source.fingerprint()],
+        "the model's config": sha256(request.model_config.to_json_string().encode()).hexdigest(),
+        "the model's weights": request.source.fingerprint(),
         **options,
         **{f"the {name} tokens": None if windows is None else windows.sha256() for name, windows in tokens.items()},
         **{f"the version of {name}": number for name, number in versions().items()},

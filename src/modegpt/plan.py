@@ -157,18 +157,21 @@ def make_plan(config: RunConfig, source: ModelSource, model_config: PreTrainedCo
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     average_sparsity(model_geometry(model), config.modules, config.ratio, config.align)
-    rates = _probe(config, model, dtype) if timed else None
-    return predict(config, shape, on_gpu=torch.device(config.device).type == "cuda", rates=rates)
+    plan = predict(config, shape, on_gpu=torch.device(config.device).type == "cuda")
+    if not timed:
+        return plan
+    # After the memory: measuring takes some itself.
+    return plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
 
 
-def predict(config: RunConfig, shape: Shape, *, on_gpu: bool, rates: Rates | None = None) -> Plan:
-    """The plan of ``config`` for a model of this ``shape``; with ``rates`` it includes times."""
+def predict(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Plan:
+    """The plan of ``config``, without times, for a model of this ``shape``."""
     return Plan(
         host=_host(config, shape, on_gpu),
         device=_device(config, shape) if on_gpu else [],
         disk=_disk(config, shape),
         offload=2 * _states(config, shape) if config.offload_folder else 0,
-        phases=_phases(config, shape, rates),
+        phases=_phases(config, shape, None),
     )
 
 
@@ -325,6 +328,9 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
             with clock("calibrate"), collector.attached():
                 runner.run_layer(0, Activations(1), before=collector.next_batch)
         statistics = collector.result(Workers())
+        if config.samples * config.sequence_length >= sizes.intermediate > window:
+            # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
+            statistics.mlp.diagonal().add_(statistics.mlp.diagonal().mean())
         with clock("solve"):
             method.mlp(read_mlp(layer, family), statistics, rank(sizes.intermediate))
             method.query_key(read_query_key(layer, family, groups, heads), statistics, rank(sizes.head // 2))

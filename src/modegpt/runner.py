@@ -66,7 +66,7 @@ class LayerRunner:
         before: Callable[[TokenWindows], None] | None = None,
         after: Callable[[TokenWindows, torch.Tensor, torch.Tensor], None] | None = None,
     ) -> None:
-        """Run all batches through layer ``index``, which must be live; ``hidden`` then holds its outputs, if ``keep``.
+        """Run all batches through layer ``index``, which must be live, putting its outputs into ``hidden`` if ``keep``.
 
         ``before`` is called with each batch, ``after`` with the batch and the layer's input and output (B, T, d).
         Raises :class:`NumericalError` for every worker where any of them saw NaN or infinity.
@@ -85,8 +85,6 @@ class LayerRunner:
         self._workers.sum(failures)
         if failures:
             raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
-        if keep:
-            hidden.complete(index + 1)
 
     @torch.no_grad()
     def head(self, number: int, hidden: Activations) -> Iterator[tuple[int, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
@@ -110,6 +111,9 @@ class ModelSource:
         model = empty_model(config, self.trust_remote_code)
         stored = self.stored(model.state_dict(), config)
         chosen = getattr(torch, dtype) if dtype != "auto" else self.dtype_of(stored, config)
+        if _differ_though_tied(model, stored):  # as Transformers has it, the weights decide
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = False
         model = empty_model(config, self.trust_remote_code, chosen)
         family = family_of(model)
         found = _locate(model, stored)
@@ -205,21 +209,47 @@ def empty_model(
     return model
 
 
+def _stored_name(name: str, model: PreTrainedModel, stored: StoredTensors) -> str | None:
+    """The stored name of a tensor: a checkpoint of the base model alone has names without the base model's prefix."""
+    short = name.removeprefix(f"{model.base_model_prefix}.")
+    return name if name in stored.shapes else short if short in stored.shapes else None
+
+
+def _tied_groups(model: PreTrainedModel) -> list[list[str]]:
+    """The names of parameters that are one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _differ_though_tied(model: PreTrainedModel, stored: StoredTensors) -> bool:
+    """Whether a checkpoint has different tensors for parameters that its config ties."""
+    for group in _tied_groups(model):
+        present = {found for name in group if (found := _stored_name(name, model, stored)) is not None}
+        if len(present) > 1:
+            first, *others = stored.read(sorted(present), torch.float32, torch.device("cpu")).values()
+            if not all(torch.equal(first, other) for other in others):
+                return True
+    return False
+
+
 def _locate(model: PreTrainedModel, stored: StoredTensors) -> dict[str, str]:
     """The stored name of every parameter and persistent buffer; refuses a checkpoint that lacks some.
 
-    A checkpoint of the base model alone has its names without the base model's prefix.
+    Of tied parameters any name will do.
     """
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     found, problems = {}, []
     for name, tensor in model.state_dict().items():
-        stored_name = name if name in stored.shapes else name.removeprefix(f"{model.base_model_prefix}.")
-        if stored_name not in stored.shapes:
-            problems += [] if name in tied else [f"{name} is missing"]
-        elif stored.shapes[stored_name] != tuple(tensor.shape):
+        stored_name = _stored_name(name, model, stored)
+        if stored_name is not None and stored.shapes[stored_name] != tuple(tensor.shape):
             problems.append(f"{name} is {stored.shapes[stored_name]} instead of {tuple(tensor.shape)}")
-        else:
+        elif stored_name is not None:
             found[name] = stored_name
+    for group in _tied_groups(model):
+        present = [found[name] for name in group if name in found]
+        found |= dict.fromkeys(group, present[0]) if present else {}
+    problems += [f"{name} is missing" for name in model.state_dict() if name not in found]
     if problems:
         raise CheckpointError(f"incomplete weights: {', '.join(problems[:3])}")
     return found

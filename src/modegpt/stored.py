@@ -36,43 +36,73 @@ class StoredTensors(ABC):
         """Copies of the tensors called ``names``, floating-point ones cast to ``dtype``."""
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Where a safetensors file has a tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+
+
+def slices(file: Path) -> dict[str, Slice]:
+    """The tensors of a safetensors file, none of which is read.
+
+    The file begins with the length of its header (8 bytes, little-endian) and the header (JSON); the library checks
+    that it is whole and consistent.
+    """
+    with safetensors.safe_open(file, framework="pt"), open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    result = {}
+    for name, facts in header.items():
+        start, stop = facts["data_offsets"]
+        result[name] = Slice(file, facts["dtype"], tuple(facts["shape"]), 8 + length + start, stop - start)
+    return result
+
+
 class SafetensorsDirectory(StoredTensors):
-    """A Hugging Face directory's ``model.safetensors``, or its shards by their index."""
+    """A Hugging Face directory's ``model.safetensors``, or its shards by their index.
+
+    Tensors are read, not mapped: mapped pages count as this process's memory as long as their file is open.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
         index = directory / INDEX_FILE
         names = shard_names(index) if index.is_file() else [WEIGHTS_FILE]
         self.files = [directory / name for name in names]
-        self._file_of: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes = []
+        self._slices: dict[str, Slice] = {}
         for file in self.files:
             if not file.is_file():
                 raise InvalidRequest(f"MODEL {str(directory)!r} has no {file.name}; weights must be safetensors files")
             try:
-                with safetensors.safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                        part = tensors.get_slice(name)
-                        self._file_of[name] = file
-                        shapes[name] = tuple(part.get_shape())
-                        dtypes.append(part.get_dtype())
+                self._slices |= slices(file)
             except Exception as error:
                 raise InvalidRequest(f"{file} is not a complete safetensors file: {error}") from error
-        self.shapes = shapes
-        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        self.dtype = next((known[dtype] for dtype in dtypes if dtype in known), torch.float32)
+        self.shapes = {name: part.shape for name, part in self._slices.items()}
+        floating = [_DTYPES[part.dtype] for part in self._slices.values() if part.dtype in _DTYPES]
+        self.dtype = next((dtype for dtype in floating if dtype.is_floating_point), torch.float32)
 
     def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-        wanted: dict[Path, list[str]] = {}
-        for name in names:
-            wanted.setdefault(self._file_of[name], []).append(name)
         result = {}
-        for file, inside in wanted.items():
-            with safetensors.safe_open(file, framework="pt") as tensors:
-                for name in inside:
-                    tensor = tensors.get_tensor(name)  # a view of the mapped file
-                    result[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+        for name in names:
+            part = self._slices[name]
+            raw = np.fromfile(part.file, dtype=np.uint8, count=part.bytes, offset=part.offset)
+            tensor = torch.from_numpy(raw).view(_DTYPES[part.dtype]).view(part.shape)
+            result[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         return result
 
 
