@@ -30,6 +30,7 @@ from modegpt.activations import DiskActivations
 from modegpt.costs import spread
 from modegpt.data import random_windows, split_held_out, tokenize
 from modegpt.engine import Engine
+from modegpt.errors import InvalidRequest
 from modegpt.journal import Journal, work_directory
 from modegpt.parallel import ProcessGroup, Workers
 from modegpt.report import CompressionReport, RunFacts
@@ -110,8 +111,8 @@ def interrupting_after(layer: int) -> Callable[..., None]:
     """``Engine._keep`` as if the user interrupted once ``layer`` is kept."""
     keep = Engine._keep
 
-    def keep_and_stop(self: Engine, index: int, *args: Any) -> None:
-        keep(self, index, *args)
+    def keep_and_stop(self: Engine, index: int, *args: Any, **options: Any) -> None:
+        keep(self, index, *args, **options)
         if index == layer:
             raise KeyboardInterrupt
 
@@ -129,8 +130,8 @@ def killed(rank: str, log: str, *command: str) -> None:
             file.write(f"{parallel.restarts()} {index}\n")
         return solve(self, index, *args)
 
-    def deadly_keep(self: Engine, index: int, *args: Any) -> None:
-        keep(self, index, *args)
+    def deadly_keep(self: Engine, index: int, *args: Any, **options: Any) -> None:
+        keep(self, index, *args, **options)
         if dies and rank == "0" and index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -536,12 +537,28 @@ def test_tasks_are_spread_evenly(workers: int, tasks: int) -> None:
     assert max(loads) - min(loads) <= max(costs.values())
 
 
-@pytest.mark.parametrize(("devices", "gpus", "expected"), [(1, 4, 1), (3, 0, 3), ("auto", 0, 1), ("auto", 4, 4)])
+@pytest.mark.parametrize(
+    ("devices", "device", "gpus", "expected"),
+    [(1, "cuda", 4, 1), (3, "cpu", 0, 3), ("auto", "cpu", 4, 1), ("auto", "cuda", 4, 4), (4, "cuda:0", 4, 4)],
+)
 def test_auto_is_one_process_for_every_gpu(
-    devices: int | str, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    devices: int | str, device: str, gpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert parallel.processes(devices) == expected
+    assert parallel.processes(devices, device) == expected
+    assert parallel.processes_here(devices, device) == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InvalidRequest, match="--devices 3: this machine has 2 GPUs"):
+        parallel.processes(3, "cuda")
+
+
+def test_torchrun_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert (parallel.processes(1, "cpu"), parallel.processes_here(1, "cpu")) == (16, 8)
 
 
 def test_the_place_in_a_group_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

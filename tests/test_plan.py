@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import compress_arguments, random_text, run_cli, run_process, tiny_llama
 from modegpt.config import CompressionConfig, RunConfig
-from modegpt.costs import Sizes, forward_flops, gram_flops, spread
+from modegpt.costs import Sizes, forward_flops, gram_flops, solve_bytes, spread
 from modegpt.data import TokenWindows
-from modegpt.engine import compress_model
+from modegpt.engine import Engine, compress_model
 from modegpt.pipeline import plan_request
 from modegpt.plan import Plan, Shape, predict, shape_of
 
@@ -136,3 +141,56 @@ def test_spreading_gives_the_costliest_first_to_the_least_busy() -> None:
     assert spread(costs, 1) == dict.fromkeys(costs, 0)
     assert spread(costs, 2) == {"b": 0, "c": 1, "d": 1, "a": 1}
     assert sorted(spread(costs, 8).values()) == [0, 1, 2, 3]
+
+
+def test_processes_share_windows_and_arithmetic() -> None:
+    alone, shared = (plan_of(shape_7b(), devices=count) for count in (1, 8))
+    passes = [{phase.name: phase.flops for phase in plan.phases} for plan in (alone, shared)]
+    assert passes[0]["calibrate"] == pytest.approx(8 * passes[1]["calibrate"])
+    assert passes[0]["solve"] == passes[1]["solve"]
+    states = [next(part.bytes for part in plan.host if part.name == "hidden states") for plan in (alone, shared)]
+    assert states[0] == 8 * states[1]
+
+
+def test_sampling_needs_the_whole_model() -> None:
+    plan = plan_of(shape_7b(), calibration="self", samples=1)
+    assert next(part.bytes for part in plan.host if part.name == "whole model") == 2 * (32 * 202_383_360 + 262_148_096)
+
+
+def test_what_an_interrupted_run_has_written_is_not_needed_again(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = compress_arguments(tiny_checkpoint, tmp_path / "small", text_file, "--quiet")
+    with patch.object(Engine, "perplexity", side_effect=KeyboardInterrupt):
+        assert run_cli(*command).code == 130
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=240_000))
+    assert run_cli(*command[:4], tmp_path / "other", *command[5:]).code == 2
+    assert run_cli(*command).code == 0
+
+
+@pytest.mark.parametrize("tokens", [6000, 500], ids=["regular", "singular"])
+@pytest.mark.skipif(sys.platform != "linux", reason="measures a process's peak as Linux counts it")
+def test_what_solving_holds_is_predicted(tokens: int) -> None:
+    """The peak of a process that solves one MLP, over that of one that only has its inputs."""
+    sizes = replace(LLAMA_7B, hidden=256, intermediate=2400)
+    script = f"""
+import re, torch
+from modegpt.decompositions import nystrom_decomposition
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+torch.manual_seed(0)
+warm = torch.randn(64, 32, dtype=torch.float64)
+nystrom_decomposition(warm.T @ warm, torch.randn(32, 8, dtype=torch.float64), 16, 1e-4)
+gram = torch.zeros({sizes.intermediate}, {sizes.intermediate}, dtype=torch.float64)
+output = torch.randn({sizes.intermediate}, {sizes.hidden}, dtype=torch.float64)
+for _ in range({tokens // 500}):
+    z = torch.randn(500, {sizes.intermediate}, dtype=torch.float64)
+    gram.addmm_(z.T, z)
+held = z.numel() * 8
+del z
+before = peak()
+nystrom_decomposition(gram, output, {round(0.7 * sizes.intermediate)}, 1e-4, 1e-7)
+print(peak() - before + held)
+"""
+    measured = int(subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout)
+    assert 0.6 * solve_bytes(sizes, tokens, 0.7) < measured < 1.2 * solve_bytes(sizes, tokens, 0.7)

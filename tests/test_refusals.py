@@ -314,8 +314,14 @@ def only_pickles(directory: Path) -> None:
 
 
 def index(content: object) -> Callable[[Path], object]:
+    """Replace the one file of weights by an index with this ``content``."""
     text = content if isinstance(content, str) else json.dumps(content)
-    return lambda directory: (directory / "model.safetensors.index.json").write_text(text)
+
+    def damage(directory: Path) -> None:
+        (directory / "model.safetensors").unlink(missing_ok=True)
+        (directory / "model.safetensors.index.json").write_text(text)
+
+    return damage
 
 
 def missing_shard(directory: Path) -> None:
@@ -513,7 +519,9 @@ def test_too_little_memory_is_refused_with_numbers_and_options(
     assert free == 1.0
     statistics = 8 * (8192**2 + 2048**2)
     assert statistics < needed * 2**30 < size + 4 * statistics, "some layers and what solving one takes"
-    assert "--dtype bfloat16" in line
+    assert "a machine with more memory" in line
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=(needed - 0.1) * 2**30))
+    assert "it would fit with --dtype bfloat16" in refuse_model(model)
 
 
 def test_too_many_samples_for_the_memory_are_refused_unless_they_go_to_disk(

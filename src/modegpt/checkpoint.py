@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from .errors import CheckpointError, InvalidRequest
 from .families import COMPRESSED_TYPES
 from .files import existing_parent, sha256_of, sync
-from .journal import REPLACED, Journal
+from .journal import REPLACED, Journal, put_back
 from .layered import LayeredModel
 from .model_card import model_card
 from .modeling import CompactAttention, layer_sizes, stock_config
@@ -94,6 +94,7 @@ def save(
             model.save_pretrained(staging, max_shard_size=SHARD_BYTES)
             _write_facts(staging, tokenizer, report)
     finally:
+        put_back(work, target)
         shutil.rmtree(work, ignore_errors=True)
 
 

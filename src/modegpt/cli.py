@@ -82,7 +82,7 @@ def compress(
     from .report import RunFacts
 
     config = _run_config(arguments)
-    if (count := processes(config.devices)) > 1 and not launched():
+    if (count := processes(config.devices, config.device)) > 1 and not launched():
         check_start(config)
         raise SystemExit(launch(count, sys.argv[1:]))
     quiet = quiet or not first_process()
@@ -121,9 +121,9 @@ def plan(**arguments: Any) -> None:
 
     del arguments["quiet"]
     config = _run_config(arguments)
-    _, predicted = plan_request(config)
+    _, predicted, shape = plan_request(config)
     Console().print(plan_table(predicted))
-    check_plan(predicted, config)
+    check_plan(predicted, config, shape)
 
 
 def _as_plan() -> None:

@@ -97,17 +97,17 @@ def statistics_bytes(sizes: Sizes) -> int:
     return 8 * (sizes.intermediate**2 + sizes.hidden**2 + (sizes.heads + sizes.groups) * sizes.head**2)
 
 
-def solve_bytes(sizes: Sizes, tokens: int, kept: float = 0.7) -> int:
+def solve_bytes(sizes: Sizes, tokens: int, kept: float = 1.0) -> int:
     """What solving the MLP, the largest of the three modules, holds at once besides the statistics and the layer.
 
-    C_SS and its factor with C_SD, its scaled copy and the prediction, or before that the factor of C; and the
-    output map before and after, all in float64. With fewer ``tokens`` than kept channels C_SS is singular and takes
-    an eigendecomposition.
+    C_SS, its factor and the triangular solver's copy of it, C_SD with the prediction from it (before them the factor
+    of C, which is less), and the output map before and after, all in float64. With fewer ``tokens`` than kept
+    channels C_SS is singular and takes an eigendecomposition. ``kept`` is the share of the layer that keeps most.
     """
     m, d = sizes.intermediate, sizes.hidden
     k = kept * m
-    kept_squares = 2 if tokens >= k else 6
-    return round(8 * (max(m**2, kept_squares * k**2 + 3 * k * (m - k)) + 2 * m * d))
+    squares = 3 if tokens >= k else 6
+    return round(8 * (max(m**2, squares * k**2 + 2 * k * (m - k)) + 2 * m * d))
 
 
 def forward_bytes(sizes: Sizes, tokens: int, item: int) -> int:

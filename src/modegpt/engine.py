@@ -114,12 +114,14 @@ class Engine:
     def active(self) -> Iterator[None]:
         """Prepare the model for single-layer runs; it is as before afterwards."""
         model = self.dense.model
-        training = model.training
+        training, precision = model.training, torch.get_float32_matmul_precision()
         model.eval()
+        torch.set_float32_matmul_precision("highest")  # statistics count on float32 being float32
         try:
             with observable(model):
                 yield
         finally:
+            torch.set_float32_matmul_precision(precision)
             model.train(training)
 
     def run(self, config: CompressionConfig) -> Compression:
@@ -188,7 +190,7 @@ class Engine:
             sizes = [x.norm(dim=-1) for x in (start, between, end)]
             pairs = ((start, end, 0, 2), (start, between, 0, 1), (between, end, 1, 2))
             for slot, (one, other, i, j) in enumerate(pairs):
-                similarity = torch.einsum("nd,nd->n", one, other) / (sizes[i] * sizes[j]).clamp_min(_TINY)
+                similarity = torch.linalg.vecdot(one, other) / (sizes[i] * sizes[j]).clamp_min(_TINY)
                 totals[slot] += (1 - similarity.double()).sum()
             totals[3] += len(start)
 
@@ -209,11 +211,7 @@ class Engine:
         done = self.workers.tell(self._journal.finished if self._journal else {})
         open_layers = [index for index in range(count) if index not in done]
         hidden = self._activations("compress", self._batches)
-        start = 0
-        if open_layers and self._everywhere(hidden.restore(open_layers[0])):
-            start = open_layers[0]
-        else:
-            hidden.remove()
+        start = self._restore(hidden, open_layers[0]) if open_layers else 0
 
         thin_runner = LayerRunner(thin, self._batches, self.workers)
         results: dict[int, LayerResult] = dict(done)
@@ -225,13 +223,14 @@ class Engine:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
                         statistics = self._calibrate(index, layer, hidden, keep=needed and through_dense)
-                        self.dense.prefetch(index + 1)
+                        if index + 1 not in done:
+                            self.dense.prefetch(index + 1)
                         state, modules = self._solve(
                             index, method, layer, thin.layers[index], statistics, choice.ranks[index], seed
                         )
                         del statistics
                     results[index] = LayerResult(choice.sparsity[index], modules)
-                    self._keep(index, thin, state, results[index])
+                    self._keep(index, thin, state, results[index], used=needed and not through_dense)
                     del state
                     if needed and through_dense:
                         hidden.complete(index + 1)
@@ -253,6 +252,7 @@ class Engine:
         hidden = self._activations("evaluate", batches)
         with runner.active():
             for index in range(len(model.layers)):
+                model.prefetch(index + 1)
                 self._pass_on(model, runner, index, hidden)
                 self.progress.advance()
             loss = Loss()
@@ -262,6 +262,17 @@ class Engine:
         hidden.remove()
         self.workers.sum(loss.totals)
         return loss.perplexity()
+
+    def _restore(self, hidden: Activations, layer: int) -> int:
+        """Take up the hidden states of an interrupted run; returns the layer that they enter, 0 for the embeddings.
+
+        They enter the first unfinished ``layer`` or, if it was stopped before they were passed on, the one before.
+        """
+        for index in (layer, layer - 1):
+            if index > 0 and self._everywhere(hidden.restore(index)):
+                return index
+        hidden.remove()
+        return 0
 
     def _calibrate(self, index: int, layer: nn.Module, hidden: Activations, *, keep: bool) -> LayerStatistics:
         """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
@@ -277,7 +288,6 @@ class Engine:
     def _pass_on(self, model: LayeredModel, runner: LayerRunner, index: int, hidden: Activations) -> None:
         self.progress.detail("passing on")
         with model.live(index):
-            model.prefetch(index + 1)
             runner.run_layer(index, hidden)
         hidden.complete(index + 1)
 
@@ -331,14 +341,15 @@ class Engine:
         vo = method.value_output(read_value_output(layer, family, sizes.groups, sizes.heads), statistics, rank)
         return vo, value_output_tensors(vo.weights, family)
 
-    def _keep(self, index: int, thin: LayeredModel, state: Tensors, result: LayerResult) -> None:
+    def _keep(self, index: int, thin: LayeredModel, state: Tensors, result: LayerResult, *, used: bool) -> None:
+        """Put a finished layer where it belongs; it stays in memory if it is ``used`` next."""
         self.progress.detail("keeping the layer")
         if self._journal:
             self._journal.keep_layer(index, state, result)
-        if self._durable:
-            thin.bring(index, state)
-        else:
+        if not self._durable:
             place(thin.layers[index], state)
+        elif used:
+            thin.bring(index, state)
 
     def _whole(self, index: int, rank: LayerRanks) -> bool:
         """Whether nothing of a layer is removed, so that its dense outputs are its compressed ones."""

@@ -12,14 +12,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from typing_extensions import Self
 
 from .data import TokenWindows
 from .errors import InvalidRequest, NumericalError, StorageError
@@ -43,8 +44,8 @@ class _LayerRecord(BaseModel):
 class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
-    format: int = 1
-    run: str
+    format: Literal[1] = 1
+    run: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     starts: int = 0
     fingerprint: dict[str, Any]
     influence: list[tuple[float, float, float]] | None = None
@@ -53,6 +54,13 @@ class _Manifest(BaseModel):
     published: str | None = None
     states: Path | None = None
     windows: str | None = None
+
+    @model_validator(mode="after")
+    def _own_states(self) -> Self:
+        """What is removed with the run must be the run's."""
+        if self.states is not None and self.states.name != f"modegpt-{self.run}":
+            raise ValueError("not the folder of this run")
+        return self
 
 
 class Journal:
@@ -281,7 +289,7 @@ def _manifest(directory: Path, fingerprint: dict[str, Any], restart: bool) -> _M
 def check_unfinished(output: Path, fingerprint: Mapping[str, Any], restart: bool) -> None:
     """Refuse to go on with unfinished work that :func:`open_journal` would refuse to go on with."""
     directory = work_directory(output)
-    if directory.is_dir() and not restart:
+    if (directory / _MANIFEST).is_file() and not restart:
         _manifest(directory, dict(fingerprint), restart)
 
 

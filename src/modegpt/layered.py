@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 
 from .families import base_model, decoder_layers, family_of
 from .modeling import CompressedFamily
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 LayerReader = Callable[[int], Mapping[str, torch.Tensor]]
 
@@ -60,6 +64,7 @@ class LayeredModel:
             yield layer
         finally:
             evict(layer)
+            _give_back_memory()
 
     def prefetch(self, index: int) -> None:
         """Begin to read layer ``index`` in the background, to be used by the next :meth:`live` of it."""
@@ -71,6 +76,12 @@ class LayeredModel:
         """Have the next :meth:`live` of layer ``index`` use ``tensors``, which need not be read then."""
         self._coming = {index: Future()}
         self._coming[index].set_result(tensors)
+
+
+def _give_back_memory() -> None:
+    """Have the C library (glibc) return freed memory to the system: by itself it keeps some for each thread."""
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 def place(layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

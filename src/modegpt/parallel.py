@@ -91,11 +91,23 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def processes(devices: int | str) -> int:
-    """The number of processes: what ``torchrun`` started or ``--devices`` asks for ('auto': one for every GPU)."""
-    if launched():
-        return int(os.environ["WORLD_SIZE"])
-    return devices if isinstance(devices, int) else max(1, torch.cuda.device_count())
+def processes(devices: int | str, device: str) -> int:
+    """How many processes share the work: those ``torchrun`` started, or what ``--devices`` asks for.
+
+    'auto' is one for every GPU, where ``device`` is one. Raises :class:`InvalidRequest` for more than there are GPUs.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    count = max(1, gpus) if devices == "auto" else int(devices)
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else count
+    if on_gpu and here > gpus:
+        raise InvalidRequest(f"--devices {here}: this machine has {gpus} GPUs; use at most that")
+    return int(os.environ["WORLD_SIZE"]) if launched() else count
+
+
+def processes_here(devices: int | str, device: str) -> int:
+    """Those of :func:`processes` that run on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() else processes(devices, device)
 
 
 def restarts() -> int:
@@ -112,16 +124,22 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run ``modegpt`` with ``arguments`` in several processes on this machine; returns the exit code."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.call(
+    process = subprocess.Popen(
         [*torchrun, "--max-restarts=1", "-m", "modegpt", *arguments],
         env={"OMP_NUM_THREADS": str(threads), **os.environ},
     )
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # torchrun ends its workers
+        process.wait()
+        return 130
 
 
 def local_device(name: str) -> str:
     """The device of this process: with several processes on one machine's GPUs, each takes its own."""
     if launched() and torch.device(name).type == "cuda":
-        return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+        return f"cuda:{int(os.environ['LOCAL_RANK'])}"
     return name
 
 
@@ -143,7 +161,5 @@ def workers(device: str) -> Iterator[Workers]:
     # Objects and host tensors go over gloo, device tensors over NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    try:
-        yield ProcessGroup()
-    finally:
-        distributed.destroy_process_group()
+    yield ProcessGroup()
+    distributed.destroy_process_group()  # after an error others may be waiting for this process: torchrun ends them

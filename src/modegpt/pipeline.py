@@ -36,7 +36,7 @@ from .families import COMPRESSED_TYPES, check_family, check_model
 from .journal import Journal, check_unfinished, left_behind, open_journal
 from .layered import LayeredModel
 from .parallel import Workers, local_device, processes, restarts, workers
-from .plan import Plan, check_plan, make_plan
+from .plan import Plan, Shape, check_plan, make_plan
 from .progress import Progress
 from .report import (
     CompressionReport,
@@ -110,13 +110,15 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
             f"--evaluate {config.evaluate!r} is the calibration text; use 'held-out' to keep a part of it"
         )
     batches = math.ceil(config.samples / config.batch_size)
-    if processes(config.devices) > batches:
+    count = processes(config.devices, config.device)
+    if count > batches:
         raise InvalidRequest(
-            f"--devices {processes(config.devices)}: there are {batches} batches to share; use fewer processes, more "
+            f"--devices {count}: there are {batches} batches to share; use fewer processes, more "
             "--samples or a smaller --batch-size"
         )
-    model_config, plan = plan_request(config, timed=timed)
-    check_plan(plan, config)
+    model_config, plan, shape = plan_request(config, timed=timed)
+    if not _published(config.output):
+        check_plan(plan, config, shape)
     check_length(config.sequence_length, model_config)
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model_config)
@@ -131,12 +133,12 @@ def check_start(config: RunConfig) -> None:
     check_unfinished(config.output, _fingerprint(request, read_texts(config, request.tokenizer)), config.restart)
 
 
-def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedConfig, Plan]:
-    """The model's config, and what ``config`` will take."""
+def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedConfig, Plan, Shape]:
+    """The model's config, what ``config`` will take, and the shape that this follows from."""
     source = ModelSource(config.model, config.trust_remote_code)
     model_config = source.config()
     check_family(model_config)
-    return model_config, make_plan(config, source, model_config, timed=timed)
+    return model_config, *make_plan(config, source, model_config, timed=timed)
 
 
 def _compress(request: Request, progress: Progress, crew: Workers, command: str | None) -> CompressionReport:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
@@ -35,16 +36,17 @@ from .data import SELF, TokenWindows
 from .errors import InvalidRequest
 from .families import model_geometry
 from .files import existing_parent
+from .journal import work_directory
 from .layered import resident
 from .methods import METHODS
-from .parallel import Workers, processes
+from .parallel import Workers, processes, processes_here
 from .runner import HEAD_POSITIONS, LayerRunner
 from .sources import ModelSource, empty_model
 from .statistics import StatisticsCollector, observable
 from .weights import read_mlp, read_query_key, read_value_output
 
 #: What PyTorch's kernels and the allocator hold besides tensors; measured on small models.
-OVERHEAD_BYTES = 150_000_000
+OVERHEAD_BYTES = 100_000_000
 #: A GPU's context and the libraries' workspaces on it.
 DEVICE_OVERHEAD_BYTES = 700_000_000
 _PROBE_WIDTH, _PROBE_TOKENS, _PROBE_VOCABULARY, _PROBES = 1024, 2048, 2048, 2
@@ -144,8 +146,10 @@ def shape_of(model: PreTrainedModel, item: int) -> Shape:
     )
 
 
-def make_plan(config: RunConfig, source: ModelSource, model_config: PreTrainedConfig, *, timed: bool) -> Plan:
-    """The plan of ``config``; with ``timed`` it includes times, whose measurement takes some seconds.
+def make_plan(
+    config: RunConfig, source: ModelSource, model_config: PreTrainedConfig, *, timed: bool
+) -> tuple[Plan, Shape]:
+    """The plan of ``config`` and the model's shape; ``timed`` plans include times, measured in some seconds.
 
     Raises :class:`InvalidRequest` for a config that describes no model, and for a ratio out of reach.
     """
@@ -157,15 +161,15 @@ def make_plan(config: RunConfig, source: ModelSource, model_config: PreTrainedCo
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     average_sparsity(model_geometry(model), config.modules, config.ratio, config.align)
-    plan = predict(config, shape, on_gpu=torch.device(config.device).type == "cuda")
-    if not timed:
-        return plan
-    # After the memory: measuring takes some itself.
-    return plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
+    plan = predict(config, shape)
+    if timed:  # after the memory: measuring takes some itself
+        plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
+    return plan, shape
 
 
-def predict(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Plan:
-    """The plan of ``config``, without times, for a model of this ``shape``."""
+def predict(config: RunConfig, shape: Shape, *, on_gpu: bool | None = None) -> Plan:
+    """The plan of ``config``, without times, for a model of this ``shape``; on its device unless ``on_gpu`` says."""
+    on_gpu = torch.device(config.device).type == "cuda" if on_gpu is None else on_gpu
     return Plan(
         host=_host(config, shape, on_gpu),
         device=_device(config, shape) if on_gpu else [],
@@ -175,62 +179,87 @@ def predict(config: RunConfig, shape: Shape, *, on_gpu: bool) -> Plan:
     )
 
 
-def check_plan(plan: Plan, config: RunConfig) -> None:
+def check_plan(plan: Plan, config: RunConfig, shape: Shape) -> None:
     """Refuse what this machine cannot hold, naming the option that would make it fit."""
-    free = psutil.virtual_memory().available
-    needed = processes(config.devices) * plan.host_peak - psutil.Process().memory_info().rss
-    if needed > free:
-        raise InvalidRequest(
-            f"not enough memory: about {_gib(needed)} are needed and {_gib(free)} are free; {_remedy(plan, config)}"
-        )
-    if plan.device:
-        available = torch.cuda.mem_get_info(config.device)[0]
-        if plan.device_peak > available:
+    problem = _shortage(plan, config)
+    if problem is not None:
+        raise InvalidRequest(f"{problem}; {_remedy(config, shape)}")
+    # What an interrupted run has written already is part of what is needed.
+    wanted = [("--output", config.output, plan.disk_peak, work_directory(config.output))]
+    if config.offload_folder is not None:
+        offload = plan.offload * processes_here(config.devices, config.device)
+        wanted.append(("--offload-folder", config.offload_folder, offload, config.offload_folder))
+    for option, folder, size, held in wanted:
+        needed = size - sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
+        room = shutil.disk_usage(folder if folder.is_dir() else existing_parent(folder)).free
+        if needed > room:
             raise InvalidRequest(
-                f"not enough memory on {config.device}: about {_gib(plan.device_peak)} are needed and "
-                f"{_gib(available)} are free; use --dtype bfloat16, a smaller --batch-size or --device cpu"
-            )
-    wanted = {config.output: plan.disk_peak, config.offload_folder: plan.offload}
-    for folder, bytes_needed in wanted.items():
-        if folder is None:
-            continue
-        room = shutil.disk_usage(existing_parent(folder)).free
-        if bytes_needed > room:
-            option = "--output" if folder == config.output else "--offload-folder"
-            raise InvalidRequest(
-                f"not enough disk at {option}: about {_gib(bytes_needed)} are needed and {_gib(room)} are free; "
+                f"not enough disk at {option}: about {_gib(needed)} are needed and {_gib(room)} are free; "
                 f"use --dtype bfloat16 or another {option}"
             )
 
 
-def _remedy(plan: Plan, config: RunConfig) -> str:
-    """The option that would save most."""
-    largest = max(plan.host[1:], key=lambda part: part.bytes).name
-    if largest == "hidden states":
-        return "keep the hidden states on disk with --offload-folder, or use fewer --samples"
-    if largest == "whole model" and config.calibration == SELF:
-        return "--calibration self needs the whole model in memory: calibrate on a text instead, or --dtype bfloat16"
-    if largest == "layer at work":
-        return "use a smaller --batch-size or --sequence-length, or --dtype bfloat16"
-    return "use --dtype bfloat16, or fewer --devices"
+def _shortage(plan: Plan, config: RunConfig) -> str | None:
+    """What memory is too small, if any is."""
+    free = psutil.virtual_memory().available
+    needed = processes_here(config.devices, config.device) * plan.host_peak - psutil.Process().memory_info().rss
+    if needed > free:
+        return f"not enough memory: about {_gib(needed)} are needed and {_gib(free)} are free"
+    if plan.device:
+        free = torch.cuda.mem_get_info(config.device)[0]
+        if plan.device_peak > free:
+            return (
+                f"not enough memory on {config.device}: about {_gib(plan.device_peak)} are needed and "
+                f"{_gib(free)} are free"
+            )
+    return None
+
+
+def _remedy(config: RunConfig, shape: Shape) -> str:
+    """The first change that would make the run fit."""
+    offload: dict[str, Any] = {"offload_folder": config.offload_folder or config.output}
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("--offload-folder, which keeps the hidden states on disk", offload),
+        ("a --batch-size of 1", {"batch_size": 1}),
+        ("a calibration text instead of --calibration self", {"calibration": ""}),
+        ("--dtype bfloat16", {"dtype": "bfloat16"}),
+        ("--devices 1", {"devices": 1}),
+        ("--offload-folder and --dtype bfloat16", offload | {"dtype": "bfloat16"}),
+        ("--device cpu", {"device": "cpu", "devices": 1}),
+        ("--device cpu, --offload-folder and --dtype bfloat16", offload | {"device": "cpu", "dtype": "bfloat16"}),
+    ]
+    for words, change in changes:
+        changed = config.model_copy(update=change)
+        item = 2 if changed.dtype == "bfloat16" else shape.item
+        if _shortage(predict(changed, shape.model_copy(update={"item": item})), changed) is None:
+            return f"it would fit with {words}"
+    return "it takes a machine with more memory, or a smaller model"
 
 
 def _host(config: RunConfig, shape: Shape, on_gpu: bool) -> list[Part]:
-    parts = [Part(name="program", bytes=psutil.Process().memory_info().rss + OVERHEAD_BYTES)]
-    layer = shape.layer * shape.item
-    if config.calibration == SELF:
-        parts.append(Part(name="whole model", bytes=shape.rest * shape.item + shape.layers))
-        return parts
-    if not config.offload_folder:
-        parts.append(Part(name="hidden states", bytes=_states(config, shape)))
+    program = [Part(name="program", bytes=psutil.Process().memory_info().rss + OVERHEAD_BYTES)]
+    states = [] if config.offload_folder else [Part(name="hidden states", bytes=_states(config, shape))]
     if on_gpu:
-        parts.append(Part(name="layers being read", bytes=2 * layer))
-        return parts
-    return [*parts, *_model_parts(config, shape)]
+        return [*program, *states, Part(name="layers being read", bytes=2 * shape.layer * shape.item)]
+    return [*program, *_larger(_sampling(config, shape), [*states, *_model_parts(config, shape)])]
+
+
+def _larger(one: list[Part], other: list[Part]) -> list[Part]:
+    """Of what is held at different times, what is more."""
+    return max(one, other, key=lambda parts: sum(part.bytes for part in parts))
+
+
+def _sampling(config: RunConfig, shape: Shape) -> list[Part]:
+    """What is held while text is sampled from the model: all of it, beside what is read for the layer loop."""
+    if config.calibration != SELF:
+        return []
+    whole = shape.rest * shape.item + shape.layers
+    return [Part(name="whole model", bytes=whole), Part(name="embeddings and head", bytes=shape.rest * shape.item)]
 
 
 def _device(config: RunConfig, shape: Shape) -> list[Part]:
-    return [Part(name="context", bytes=DEVICE_OVERHEAD_BYTES), *_model_parts(config, shape)]
+    context = Part(name="context", bytes=DEVICE_OVERHEAD_BYTES)
+    return [context, *_larger(_sampling(config, shape), _model_parts(config, shape))]
 
 
 def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
@@ -238,7 +267,9 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     batch = min(config.batch_size, config.samples) * config.sequence_length
     statistics = statistics_bytes(shape.sizes)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
-    solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, 1 - config.ratio)
+    # Where the layers differ, the one that loses least is taken to lose half of the average.
+    kept = 1 - config.ratio if config.allocation == "uniform" else 1 - config.ratio / 2
+    solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     logits = 0
     if config.evaluate != "none":
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
@@ -256,9 +287,16 @@ def _disk(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _states(config: RunConfig, shape: Shape) -> int:
-    """Bytes of the hidden states of one process."""
-    windows = math.ceil(config.samples / processes(config.devices))
+    """Bytes of the hidden states of the process with most of them: of the calibration, or later of the evaluation."""
+    evaluated = 0 if config.evaluate == "none" else config.evaluation_samples
+    windows = _share(config, max(config.samples, evaluated))
     return windows * config.sequence_length * shape.sizes.hidden * shape.item
+
+
+def _share(config: RunConfig, windows: int) -> int:
+    """Of so many windows, those of the first process: batches are what is shared."""
+    batches = math.ceil(windows / config.batch_size)
+    return min(windows, math.ceil(batches / processes(config.devices, config.device)) * config.batch_size)
 
 
 class Rates(BaseModel):
@@ -275,8 +313,8 @@ class Rates(BaseModel):
 def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhasePlan]:
     sizes, kept = shape.sizes, 1 - config.ratio
     window = config.sequence_length
-    tokens = config.samples * window
-    evaluated = 0 if config.evaluate == "none" else config.evaluation_samples * window
+    tokens = _share(config, config.samples) * window
+    evaluated = 0 if config.evaluate == "none" else _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
     solve = sizes.layers * sum(solve_flops(module, sizes, kept) for module in MODULES)
@@ -300,7 +338,8 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
 def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rates:
     """Run and solve one random layer as the engine does, and see how fast this machine is at it."""
     real = Sizes.of(model)
-    sizes = real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
+    on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
+    sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
     window = min(config.sequence_length, _PROBE_TOKENS)
     probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
     batch = TokenWindows(torch.randint(_PROBE_VOCABULARY, (1, window)))

@@ -65,5 +65,7 @@ def _write(tensors: dict[str, Slice], path: Path) -> None:
 def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
     while count:
         chunk = source.read(min(count, _CHUNK))
+        if not chunk:
+            raise OSError("a file is shorter than its header says")
         target.write(chunk)
         count -= len(chunk)

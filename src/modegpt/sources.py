@@ -105,7 +105,9 @@ class ModelSource:
 
     def fingerprint(self) -> str:
         """A hash that tells the weights from others."""
-        return fingerprint([Path(self.address)] if self.is_gguf else SafetensorsDirectory(self._directory()).files)
+        if self.is_gguf:
+            return fingerprint([Path(self.address)])
+        return self._read(lambda *_, **__: fingerprint(SafetensorsDirectory(self._directory()).files), "weights")
 
     def _streamed(self, config: PreTrainedConfig, dtype: Dtype, device: torch.device) -> LayeredModel:
         model = empty_model(config, self.trust_remote_code)
@@ -148,9 +150,9 @@ class ModelSource:
         if Path(self.address).is_dir():
             return Path(self.address)
         try:
-            index = Path(hf_hub_download(self.address, INDEX_FILE))
-        except EntryNotFoundError:
             return Path(hf_hub_download(self.address, WEIGHTS_FILE)).parent
+        except EntryNotFoundError:
+            index = Path(hf_hub_download(self.address, INDEX_FILE))
         for name in shard_names(index):
             hf_hub_download(self.address, name)
         return index.parent

@@ -20,7 +20,7 @@ import torch
 from .errors import InvalidRequest
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
-_SAMPLE_BYTES, _SAMPLES = 4096, 256
+_SAMPLE_BYTES, _SAMPLES = 4096, 4096
 
 
 class StoredTensors(ABC):
@@ -77,23 +77,26 @@ def slices(file: Path) -> dict[str, Slice]:
 class SafetensorsDirectory(StoredTensors):
     """A Hugging Face directory's ``model.safetensors``, or its shards by their index.
 
-    Tensors are read, not mapped: mapped pages count as this process's memory as long as their file is open.
+    Tensors of types that plain models do not have (8 bits and less) do not count. Tensors are read, not mapped:
+    mapped pages count as this process's memory as long as their file is open.
     """
 
     def __init__(self, directory: Path) -> None:
         index = directory / INDEX_FILE
-        names = shard_names(index) if index.is_file() else [WEIGHTS_FILE]
+        one_file = (directory / WEIGHTS_FILE).is_file() or not index.is_file()
+        names = [WEIGHTS_FILE] if one_file else shard_names(index)
         self.files = [directory / name for name in names]
         self._slices: dict[str, Slice] = {}
         for file in self.files:
             if not file.is_file():
                 raise InvalidRequest(f"MODEL {str(directory)!r} has no {file.name}; weights must be safetensors files")
             try:
-                self._slices |= slices(file)
+                found = slices(file)
             except Exception as error:
                 raise InvalidRequest(f"{file} is not a complete safetensors file: {error}") from error
+            self._slices |= {name: part for name, part in found.items() if part.dtype in _DTYPES}
         self.shapes = {name: part.shape for name, part in self._slices.items()}
-        floating = [_DTYPES[part.dtype] for part in self._slices.values() if part.dtype in _DTYPES]
+        floating = [_DTYPES[part.dtype] for part in self._slices.values()]
         self.dtype = next((dtype for dtype in floating if dtype.is_floating_point), torch.float32)
 
     def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:

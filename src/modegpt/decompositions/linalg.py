@@ -30,7 +30,11 @@ def solve_psd(matrix: torch.Tensor, rhs: torch.Tensor, resolution: float = 0.0) 
     factor = cholesky_of_copy(matrix, inverse_scale)
     # The trace of the inverse bounds the inverse of the smallest eigenvalue; pivots bound nothing.
     if factor is not None and inverse_diagonal(factor).sum() < 1 / smallest:
-        solution = torch.cholesky_solve(scaled_rhs, factor)
+        # Column-major and in place: the routine then makes no copy of either matrix.
+        solution = scaled_rhs.mT.contiguous().mT
+        del scaled_rhs
+        torch.linalg.solve_triangular(factor, solution, upper=False, out=solution)
+        torch.linalg.solve_triangular(factor.mT, solution, upper=True, out=solution)
     else:
         values, vectors = torch.linalg.eigh(matrix * inverse_scale[:, None] * inverse_scale)
         kept = values > smallest * values[-1].clamp_min(1e-300)
@@ -61,11 +65,15 @@ def inverse_diagonal(factor: torch.Tensor, block: int = 512) -> torch.Tensor:
     n = factor.shape[0]
     result = factor.new_empty(n)
     for start in range(0, n, block):
-        stop = min(start + block, n)
-        columns = factor.new_zeros(n - start, stop - start)  # L^-1 is triangular too: above, its columns are zero
+        width = min(block, n - start)
+        columns = factor.new_zeros(n - start, width)  # L^-1 is triangular too: above, its columns are zero
         columns.diagonal().fill_(1)
-        columns = torch.linalg.solve_triangular(factor[start:, start:], columns, upper=False)
-        result[start:stop] = columns.square_().sum(0)
+        for row in range(start, n, block):  # forward substitution, by blocks of rows
+            stop = min(row + block, n)
+            here = columns[row - start : stop - start]
+            here -= factor[row:stop, start:row] @ columns[: row - start]
+            here.copy_(torch.linalg.solve_triangular(factor[row:stop, row:stop], here, upper=False))
+        result[start : start + width] = columns.square_().sum(0)
     return result
 
 
