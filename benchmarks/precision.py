@@ -21,7 +21,7 @@ from modegpt.sources import ModelSource
 from modegpt.statistics import GramSum
 from results_file import RESULTS, header, table, write
 
-SETTINGS = [("dense", "uniform"), ("sequential", "uniform")]
+SETTINGS = [("dense", "uniform")]
 
 
 def main() -> None:

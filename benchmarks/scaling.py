@@ -67,7 +67,7 @@ def rows(model: Model) -> dict[str, str]:
         "weights (bfloat16)": gb(shape.rest * 2 + shape.layers),
         "one layer": gb(layer),
         "its statistics (float64)": gb(statistics_bytes(sizes)),
-        "what its solver holds besides": gb(solve_bytes(sizes, tokens)),
+        "what its solver holds besides": gb(solve_bytes(sizes, tokens, 1 - RATIO / 2)),
         "hidden states of all windows": gb(tokens * sizes.hidden * 2),
         "peak on the GPU": gb(plan.device_peak),
         "peak on the host, beside the program": gb(host),

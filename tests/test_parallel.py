@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -451,7 +451,7 @@ def test_a_group_finds_the_checkpoint_in_its_place(
     """The run before was interrupted when only its journal was left to be removed."""
     arguments = command(tmp_path / "small")
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "remove", lambda self: signal.raise_signal(signal.SIGINT))
+        patched.setattr(Journal, "remove", Mock(side_effect=KeyboardInterrupt))
         assert run_cli(*arguments).code == 130
     assert work_directory(tmp_path / "small").exists()
     outcome = torchrun(2, "-m", "modegpt", *arguments)

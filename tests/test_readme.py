@@ -41,6 +41,13 @@ def test_quality_table_is_quoted_from_the_results() -> None:
         assert f"{row['perplexity']:.2f}" in "\n".join(table)
 
 
+@pytest.mark.parametrize("name", ["speed", "memory"])
+def test_measured_costs_are_quoted_from_the_results(name: str) -> None:
+    lines = (ROOT / f"benchmarks/results/{name}.md").read_text().split("\n\n")
+    table = next(part for part in lines if part.startswith("|"))
+    assert table.strip() in README
+
+
 def test_the_scaling_table_is_that_of_the_formulas() -> None:
     spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks/scaling.py")
     assert spec is not None

@@ -35,10 +35,10 @@ def check_output(directory: Path, *, overwrite: bool, inputs: Iterable[str] = ()
     """
     given, resolved = f"--output {str(directory)!r}", directory.resolve()
     paths = [Path(name).resolve() for name in inputs if Path(name).exists()]
-    if resolved in paths:
-        raise InvalidRequest(f"{given} is the model's own directory; choose another")
     if directory.exists() and not directory.is_dir():
         raise InvalidRequest(f"{given} is a file; choose a directory")
+    if resolved in paths:
+        raise InvalidRequest(f"{given} is the model's own directory; choose another")
     if resolved == Path.cwd() or os.path.ismount(resolved):
         raise InvalidRequest(f"{given} is the current directory or a mount point; choose a directory inside it")
     if directory.is_dir() and any(directory.iterdir()):

@@ -104,16 +104,18 @@ def compress(
 
 
 def _run_config(arguments: dict[str, Any]) -> RunConfig:
-    for name in ("temperature", "devices"):
-        if arguments[name] != "auto":
-            arguments[name] = _number(arguments[name], f"--{name}")
+    if arguments["temperature"] != "auto":
+        arguments["temperature"] = _number(arguments["temperature"], "--temperature")
+    if arguments["devices"].isdigit():
+        arguments["devices"] = int(arguments["devices"])
     return RunConfig.validated(**arguments)
 
 
 def plan(**arguments: Any) -> None:
     """Predict what `compress` with the same options will take: memory, disk, arithmetic and time.
 
-    Nothing but the model's config is read. Exit code 2 if this machine cannot hold it.
+    Nothing but the model's config is read; for the times, a random layer of its shape is run. Exit code 2 if this
+    machine cannot hold it.
     """
     from .console import plan_table
     from .pipeline import plan_request

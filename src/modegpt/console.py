@@ -49,6 +49,9 @@ class LiveProgress(Progress):
         self._console = console
         self._bar = self._new_bar()
 
+    def note(self, text: str) -> None:
+        say(self._console, text)
+
     def detail(self, text: str) -> None:
         self._bar.update(TaskID(0), detail=text)
 
@@ -85,6 +88,9 @@ class PlainProgress(Progress):
         self._console = console
         self._name, self._steps, self._done = "", 0, 0
         self._started = 0.0
+
+    def note(self, text: str) -> None:
+        self._print(text)
 
     def advance(self) -> None:
         self._done += 1

@@ -6,7 +6,9 @@ writes what is on disk and speaks to the user.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,13 +129,22 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     process = subprocess.Popen(
         [*torchrun, "--max-restarts=1", "-m", "modegpt", *arguments],
         env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # torchrun then ends its workers
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()  # torchrun ends its workers
+        process.terminate()
         process.wait()
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _end_with_parent() -> None:
+    """Have Linux send this process a SIGTERM when its parent is gone, however that ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def local_device(name: str) -> str:

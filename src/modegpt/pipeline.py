@@ -154,6 +154,9 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
             if journal is not None:
                 journal.remove()
             return report
+        if journal is not None and journal.starts > 1:
+            again = f"; done again because damaged: {', '.join(map(str, journal.broken))}" if journal.broken else ""
+            progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
         calibration, evaluation = _sampled(request, texts, journal, crew, progress)
         engine = Engine(
             dense,

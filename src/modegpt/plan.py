@@ -263,7 +263,7 @@ def _device(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
-    """What is held where the model runs: the rest of the model, two layers, and the larger of what is done with one."""
+    """What is held where the model runs: the rest of the model, layers, and the larger of what is done with one."""
     batch = min(config.batch_size, config.samples) * config.sequence_length
     statistics = statistics_bytes(shape.sizes)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
@@ -276,6 +276,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     return [
         Part(name="embeddings and head", bytes=shape.rest * shape.item),
         Part(name="two layers", bytes=2 * shape.layer * shape.item),
+        Part(name="compressed layer", bytes=round(kept * shape.layer * shape.item)),
         Part(name="layer at work", bytes=max(forward, solve, logits)),
     ]
 

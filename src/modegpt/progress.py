@@ -32,6 +32,9 @@ class Progress:
     def detail(self, text: str) -> None:
         """Say what is being done within the current step."""
 
+    def note(self, text: str) -> None:
+        """Say something that is worth a line."""
+
     def advance(self) -> None:
         """One step of the current phase is done."""
 
