@@ -43,7 +43,6 @@ STATISTICS: dict[str, tuple[object, ...]] = {
     "dense": ("--statistics", "dense", "--batch-size", 2),
 }
 
-STALE = "a group that torchrun starts again finds the addresses of its dead processes in the store"
 
 # What a group does
 

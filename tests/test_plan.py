@@ -168,6 +168,19 @@ def test_what_an_interrupted_run_has_written_is_not_needed_again(
     assert run_cli(*command).code == 0
 
 
+def test_other_files_in_the_offload_folder_are_not_taken_for_the_runs(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "states"
+    folder.mkdir()
+    (folder / "other").write_bytes(bytes(10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == folder else 2**30))
+    command = compress_arguments(tiny_checkpoint, tmp_path / "small", text_file, "--offload-folder", folder)
+    outcome = run_cli(*command)
+    assert outcome.code == 2
+    assert "not enough disk at --offload-folder" in outcome.err
+
+
 @pytest.mark.parametrize("tokens", [6000, 500], ids=["regular", "singular"])
 @pytest.mark.skipif(sys.platform != "linux", reason="measures a process's peak as Linux counts it")
 def test_what_solving_holds_is_predicted(tokens: int) -> None:

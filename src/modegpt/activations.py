@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .errors import StorageError
-from .files import sync
+from .files import storing, sync
 
 
 class Activations:
     """The inputs (B, T, d) of the next layer, one tensor for each batch; None before the first layer.
 
-    While a layer runs, its outputs are gathered beside its inputs in memory batch by batch, each taking the
-    place of its input.
+    While a layer runs, each batch's output takes the place of its input.
     """
 
     def __init__(self, batches: int) -> None:
@@ -70,12 +66,12 @@ class DiskActivations(Activations):
         return None if self._current is None else load_file(self._current / _name(number))["hidden"]
 
     def put(self, number: int, state: torch.Tensor) -> None:
-        with self._storing():
+        with storing(f"--offload-folder: {self._folder}"):
             self._next.mkdir(parents=True, exist_ok=True)
             save_file({"hidden": state.cpu().contiguous()}, self._next / _name(number))
 
     def complete(self, layer: int) -> None:
-        with self._storing():
+        with storing(f"--offload-folder: {self._folder}"):
             self._next.mkdir(parents=True, exist_ok=True)  # there may be no batches
             for path in self._next.iterdir():
                 sync(path)
@@ -101,16 +97,6 @@ class DiskActivations(Activations):
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._current = None
-
-    @contextmanager
-    def _storing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"--offload-folder: {self._folder}: {getattr(error, 'strerror', None) or error}; what is finished so "
-                "far is kept: once that is mended, repeat the command to go on"
-            ) from error
 
     def _directory(self, layer: int) -> Path:
         return self._folder / f"inputs-{layer:05d}"

@@ -15,8 +15,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CheckpointError, InvalidRequest
 from .families import COMPRESSED_TYPES
-from .files import existing_parent, sha256_of, sync
-from .journal import REPLACED, Journal, put_back
+from .files import existing_parent, sha256_of, storing, sync
+from .journal import REPLACED, Journal, left_behind, put_back
 from .layered import LayeredModel
 from .model_card import model_card
 from .modeling import CompactAttention, layer_sizes, stock_config
@@ -116,7 +116,7 @@ def publish(
     prefix = f"{model.base_model_prefix}.{layers}."
     rest = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)}
     journal.announce(None)
-    with journal.storing(), _staged(directory.resolve(), journal.directory, overwrite) as staging:
+    with storing(str(journal.directory)), _staged(directory.resolve(), journal.directory, overwrite) as staging:
         model.save_pretrained(staging, state_dict=rest, max_shard_size=2**62)
         rest_file = journal.directory / "rest.safetensors"
         os.replace(staging / WEIGHTS_FILE, rest_file)
@@ -128,11 +128,13 @@ def publish(
     journal.remove()
 
 
-def published(journal_directory: Path, output: Path, announced: str | None) -> bool:
-    """Whether the checkpoint that a run ``announced`` is in its place already: only tidying up was interrupted."""
-    report = output / REPORT_FILE
-    staged = journal_directory / _STAGING
-    return announced is not None and not staged.exists() and report.is_file() and sha256_of(report) == announced
+def published(output: Path) -> bool:
+    """Whether the checkpoint of an interrupted run into ``output`` is in its place: only tidying up is left to do."""
+    left, report = left_behind(output), output / REPORT_FILE
+    staged = left.directory / _STAGING
+    return (
+        left.announced is not None and not staged.exists() and report.is_file() and sha256_of(report) == left.announced
+    )
 
 
 def _write_facts(directory: Path, tokenizer: PreTrainedTokenizerBase | None, report: CompressionReport | None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,8 +61,6 @@ class Compression:
     thin: LayeredModel
     layers: list[LayerResult]
     choice: Choice
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock time by phase."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -240,7 +238,7 @@ class Engine:
                     self._pass_on(thin, thin_runner, index, hidden)
                 self.progress.advance()
         hidden.remove()
-        return Compression(thin, [results[index] for index in range(count)], choice, self.progress.seconds)
+        return Compression(thin, [results[index] for index in range(count)], choice)
 
     def perplexity(self, model: LayeredModel, windows: TokenWindows) -> float:
         """Perplexity of the dense or the compressed ``model``, one layer at a time; as :func:`evaluation.perplexity`.

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .errors import StorageError
 
 
 def sync(path: Path) -> None:
@@ -33,6 +38,18 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def storing(what: str) -> Iterator[None]:
+    """Turn a failure to write ``what`` within this context into a :class:`StorageError` that says how to go on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{what}: {getattr(error, 'strerror', None) or error}; what is finished so far is kept: "
+            "once that is mended, repeat the command to go on"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import uuid4
@@ -18,13 +19,12 @@ from uuid import uuid4
 import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typing_extensions import Self
 
 from .data import TokenWindows
-from .errors import InvalidRequest, NumericalError, StorageError
-from .files import replace_file, sha256_of
+from .errors import InvalidRequest, NumericalError
+from .files import replace_file, sha256_of, storing
 from .parallel import restarts
 from .results import LayerResult
 
@@ -141,7 +141,7 @@ class Journal:
         """Put a finished layer on disk; raises :class:`StorageError`, and loses nothing, when that fails."""
         file = self.file(index)
         on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with self.storing():
+        with storing(str(self.directory)):
             file.parent.mkdir(exist_ok=True)
             replace_file(file, lambda path: save_file(on_host, path, metadata={"format": "pt"}))
             record = _LayerRecord(bytes=file.stat().st_size, sha256=sha256_of(file), result=result)
@@ -157,7 +157,7 @@ class Journal:
 
     def keep_windows(self, windows: TokenWindows) -> None:
         """Keep sampled windows, which take long to make."""
-        with self.storing():
+        with storing(str(self.directory)):
             replace_file(self.directory / _WINDOWS, lambda path: save_file({"ids": windows.ids}, path))
         self._manifest.windows = sha256_of(self.directory / _WINDOWS)
         self._write()
@@ -192,19 +192,8 @@ class Journal:
 
     def _write(self) -> None:
         content = self._manifest.model_dump_json(indent=1).encode()
-        with self.storing():
+        with storing(str(self.directory)):
             replace_file(self.directory / _MANIFEST, lambda path: path.write_bytes(content))
-
-    @contextmanager
-    def storing(self) -> Iterator[None]:
-        """Turn a failure to write within this context into a :class:`StorageError` that says how to go on."""
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"{self.directory}: {getattr(error, 'strerror', None) or error}; what is finished so far is kept: "
-                "once that is mended, repeat the command to go on"
-            ) from error
 
 
 def work_directory(output: Path) -> Path:
@@ -213,13 +202,23 @@ def work_directory(output: Path) -> Path:
     return target.with_name(f".{target.name}.unfinished")
 
 
-def left_behind(output: Path) -> tuple[Path, str | None]:
-    """The work directory of ``output``, and what an interrupted run in it announced, if there is one."""
+@dataclass(frozen=True)
+class LeftBehind:
+    """What an interrupted run left: its work directory, the report's hash it announced, its hidden states' folder."""
+
+    directory: Path
+    announced: str | None
+    states: Path | None
+
+
+def left_behind(output: Path) -> LeftBehind:
+    """What an interrupted run into ``output`` left, as far as its manifest can be read."""
     directory = work_directory(output)
     try:
-        return directory, _Manifest.model_validate_json((directory / _MANIFEST).read_bytes()).published
+        manifest = _Manifest.model_validate_json((directory / _MANIFEST).read_bytes())
     except (OSError, ValidationError):
-        return directory, None
+        return LeftBehind(directory, None, None)
+    return LeftBehind(directory, manifest.published, manifest.states)
 
 
 @contextmanager
@@ -243,7 +242,7 @@ def open_journal(
         raise InvalidRequest(f"--output {str(output)!r}: {directory} is not writable: {error.strerror}") from error
     try:
         put_back(directory, output.resolve())
-        manifest = _manifest(directory, dict(fingerprint), restart)
+        manifest = _manifest(output, dict(fingerprint), restart)
         journal = Journal(directory, manifest)
         try:
             journal.begin(offload)
@@ -266,12 +265,14 @@ def put_back(directory: Path, target: Path) -> None:
         os.rename(replaced, target)
 
 
-def _manifest(directory: Path, fingerprint: dict[str, Any], restart: bool) -> _Manifest:
+def _manifest(output: Path, fingerprint: dict[str, Any], restart: bool) -> _Manifest:
+    directory = work_directory(output)
     path = directory / _MANIFEST
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     new = _Manifest(run=uuid4().hex, fingerprint=fingerprint)
     if restart or not path.is_file():
-        _forget_states(path)
+        if (states := left_behind(output).states) is not None:
+            shutil.rmtree(states, ignore_errors=True)
         for entry in directory.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else os.unlink(entry)
@@ -288,9 +289,8 @@ def _manifest(directory: Path, fingerprint: dict[str, Any], restart: bool) -> _M
 
 def check_unfinished(output: Path, fingerprint: Mapping[str, Any], restart: bool) -> None:
     """Refuse to go on with unfinished work that :func:`open_journal` would refuse to go on with."""
-    directory = work_directory(output)
-    if (directory / _MANIFEST).is_file() and not restart:
-        _manifest(directory, dict(fingerprint), restart)
+    if (work_directory(output) / _MANIFEST).is_file() and not restart:
+        _manifest(output, dict(fingerprint), restart)
 
 
 def _compare(fingerprint: dict[str, Any], found: _Manifest, directory: Path) -> None:
@@ -305,16 +305,6 @@ def _compare(fingerprint: dict[str, Any], found: _Manifest, directory: Path) -> 
             f"an interrupted run in {directory} differs in {'; '.join(differing)}: repeat its command to go on, or "
             "give --restart to throw its work away"
         )
-
-
-def _forget_states(manifest: Path) -> None:
-    """Remove the hidden states of the run that is thrown away."""
-    try:
-        states = _Manifest.model_validate_json(manifest.read_bytes()).states
-    except (OSError, ValidationError):
-        return
-    if states is not None:
-        shutil.rmtree(states, ignore_errors=True)
 
 
 def _short(value: Any) -> str:

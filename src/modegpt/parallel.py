@@ -122,10 +122,10 @@ def first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def launch(processes: int, arguments: Sequence[str]) -> int:
+def launch(count: int, arguments: Sequence[str]) -> int:
     """Run ``modegpt`` with ``arguments`` in several processes on this machine; returns the exit code."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    threads = max(1, (os.cpu_count() or 1) // count)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     process = subprocess.Popen(
         [*torchrun, "--max-restarts=1", "-m", "modegpt", *arguments],
         env={"OMP_NUM_THREADS": str(threads), **os.environ},

@@ -33,7 +33,7 @@ from .engine import Compression, Engine
 from .errors import InvalidRequest
 from .evaluation import perplexity
 from .families import COMPRESSED_TYPES, check_family, check_model
-from .journal import Journal, check_unfinished, left_behind, open_journal
+from .journal import Journal, check_unfinished, open_journal
 from .layered import LayeredModel
 from .parallel import Workers, local_device, processes, restarts, workers
 from .plan import Plan, Shape, check_plan, make_plan
@@ -100,7 +100,8 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     source = ModelSource(config.model, config.trust_remote_code)
     source.check()
     texts_read = [name for name in (config.calibration, config.evaluate) if Path(name).is_file()]
-    if config.restart or not _published(config.output):
+    finished = published(config.output) and not config.restart
+    if not finished:
         check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *texts_read])
     check_source(config.calibration, option="--calibration", allow_self=True)
     if config.evaluate not in (HELD_OUT, NONE):
@@ -117,7 +118,7 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
             "--samples or a smaller --batch-size"
         )
     model_config, plan, shape = plan_request(config, timed=timed)
-    if not _published(config.output):
+    if not finished:
         check_plan(plan, config, shape)
     check_length(config.sequence_length, model_config)
     tokenizer = source.tokenizer()
@@ -149,7 +150,7 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
         dense = source.streamed(request.model_config, config.dtype, config.device)
     check_model(dense.model, loaded=False)
     with _journal(request, texts, crew) as journal:
-        if crew.tell(journal is not None and published(journal.directory, config.output, journal.published)):
+        if crew.tell(journal is not None and published(config.output)):
             report = CompressionReport.read(config.output)
             if journal is not None:
                 journal.remove()
@@ -158,14 +159,8 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
             again = f"; done again because damaged: {', '.join(map(str, journal.broken))}" if journal.broken else ""
             progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
         calibration, evaluation = _sampled(request, texts, journal, crew, progress)
-        engine = Engine(
-            dense,
-            calibration,
-            config.batch_size,
-            progress=progress,
-            workers=crew,
-            journal=journal,
-        )
+        batch_size = config.batch_size
+        engine = Engine(dense, calibration, batch_size, progress=progress, workers=crew, journal=journal)
         with engine.active():
             result = engine.run(config)
         report = build_report(
@@ -178,25 +173,38 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
             evaluation=_evaluation_facts(config, evaluation),
             perplexity=_perplexities(engine, result, evaluation, journal, crew, progress),
         )
-        facts = RunFacts(
-            seconds=progress.seconds,
-            peak_memory_bytes=peak_memory(),
-            peak_device_memory_bytes=peak_device_memory(dense.device),
-            processes=crew.size,
-            starts=journal.starts if journal else 1,
-            planned=request.plan.model_dump(mode="json"),
-        )
         if journal is not None:
-            publish(
-                journal,
-                result.thin,
-                config.output,
-                tokenizer=request.tokenizer,
-                report=report,
-                run=facts,
-                overwrite=config.overwrite,
-            )
+            _publish(request, journal, result, report, crew, progress)
         return report
+
+
+def _publish(
+    request: Request,
+    journal: Journal,
+    result: Compression,
+    report: CompressionReport,
+    crew: Workers,
+    progress: Progress,
+) -> None:
+    """Put the checkpoint in its place, with what the run took beside it."""
+    facts = RunFacts(
+        seconds=progress.seconds,
+        peak_memory_bytes=peak_memory(),
+        peak_device_memory_bytes=peak_device_memory(result.thin.device),
+        processes=crew.size,
+        starts=journal.starts,
+        planned=request.plan.model_dump(mode="json"),
+    )
+    config = request.config
+    publish(
+        journal,
+        result.thin,
+        config.output,
+        tokenizer=request.tokenizer,
+        report=report,
+        run=facts,
+        overwrite=config.overwrite,
+    )
 
 
 @contextmanager
@@ -225,12 +233,6 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
         **{f"the {name} tokens": None if windows is None else windows.sha256() for name, windows in tokens.items()},
         **{f"the version of {name}": number for name, number in versions().items()},
     }
-
-
-def _published(output: Path) -> bool:
-    """Whether only the tidying up of an earlier run into ``output`` is left to do."""
-    directory, announced = left_behind(output)
-    return published(directory, output, announced)
 
 
 def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:

@@ -12,6 +12,8 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,8 +38,8 @@ from .data import SELF, TokenWindows
 from .errors import InvalidRequest
 from .families import model_geometry
 from .files import existing_parent
-from .journal import work_directory
-from .layered import resident
+from .journal import left_behind
+from .layered import LayeredModel, resident
 from .methods import METHODS
 from .parallel import Workers, processes, processes_here
 from .runner import HEAD_POSITIONS, LayerRunner
@@ -45,9 +47,9 @@ from .sources import ModelSource, empty_model
 from .statistics import StatisticsCollector, observable
 from .weights import read_mlp, read_query_key, read_value_output
 
-#: What PyTorch's kernels and the allocator hold besides tensors; measured on small models.
+#: Allowance for what PyTorch's kernels and the allocator hold besides tensors.
 OVERHEAD_BYTES = 100_000_000
-#: A GPU's context and the libraries' workspaces on it.
+#: Allowance for a GPU's context and the libraries' workspaces on it.
 DEVICE_OVERHEAD_BYTES = 700_000_000
 _PROBE_WIDTH, _PROBE_TOKENS, _PROBE_VOCABULARY, _PROBES = 1024, 2048, 2048, 2
 
@@ -113,10 +115,9 @@ class Plan(BaseModel):
         return None if not self.phases or self.phases[0].seconds is None else sum(p.seconds or 0 for p in self.phases)
 
 
-class Shape(BaseModel):
+@dataclass(frozen=True)
+class Shape:
     """The sizes of a model in numbers of tensors' elements."""
-
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     sizes: Sizes
     layer: int
@@ -155,7 +156,7 @@ def make_plan(
     """
     try:
         model = empty_model(model_config, config.trust_remote_code)
-        dtype = _dtype(config, source, model_config)
+        dtype = source.dtype(config.dtype, model_config) or torch.float32
         shape = shape_of(model, dtype.itemsize)
     except Exception as error:  # a config can be valid by itself and still describe no model
         message = " ".join(str(error).split())
@@ -185,18 +186,23 @@ def check_plan(plan: Plan, config: RunConfig, shape: Shape) -> None:
     if problem is not None:
         raise InvalidRequest(f"{problem}; {_remedy(config, shape)}")
     # What an interrupted run has written already is part of what is needed.
-    wanted = [("--output", config.output, plan.disk_peak, work_directory(config.output))]
+    left = left_behind(config.output)
+    wanted = [("--output", config.output, plan.disk_peak, _held(left.directory))]
     if config.offload_folder is not None:
         offload = plan.offload * processes_here(config.devices, config.device)
-        wanted.append(("--offload-folder", config.offload_folder, offload, config.offload_folder))
+        wanted.append(("--offload-folder", config.offload_folder, offload, _held(left.states) if left.states else 0))
     for option, folder, size, held in wanted:
-        needed = size - sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
+        needed = size - held
         room = shutil.disk_usage(folder if folder.is_dir() else existing_parent(folder)).free
         if needed > room:
             raise InvalidRequest(
                 f"not enough disk at {option}: about {_gib(needed)} are needed and {_gib(room)} are free; "
                 f"use --dtype bfloat16 or another {option}"
             )
+
+
+def _held(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _shortage(plan: Plan, config: RunConfig) -> str | None:
@@ -231,7 +237,7 @@ def _remedy(config: RunConfig, shape: Shape) -> str:
     for words, change in changes:
         changed = config.model_copy(update=change)
         item = 2 if changed.dtype == "bfloat16" else shape.item
-        if _shortage(predict(changed, shape.model_copy(update={"item": item})), changed) is None:
+        if _shortage(predict(changed, replace(shape, item=item)), changed) is None:
             return f"it would fit with {words}"
     return "it takes a machine with more memory, or a smaller model"
 
@@ -300,10 +306,9 @@ def _share(config: RunConfig, windows: int) -> int:
     return min(windows, math.ceil(batches / processes(config.devices, config.device)) * config.batch_size)
 
 
-class Rates(BaseModel):
+@dataclass(frozen=True)
+class Rates:
     """Operations per second, measured on one layer."""
-
-    model_config = ConfigDict(frozen=True)
 
     forward: float
     gram: float
@@ -337,13 +342,27 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
 
 
 def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rates:
-    """Run and solve one random layer as the engine does, and see how fast this machine is at it."""
+    """How fast this machine is at one random layer of the model's proportions."""
     real = Sizes.of(model)
     on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
     sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
-    window = min(config.sequence_length, _PROBE_TOKENS)
-    probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
-    batch = TokenWindows(torch.randint(_PROBE_VOCABULARY, (1, window)))
+    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - config.ratio
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
+        batch = TokenWindows(torch.randint(_PROBE_VOCABULARY, (1, window)))
+    seconds = _time_layer(config, resident(probe), sizes, batch)
+    return Rates(
+        forward=window * forward_flops(sizes, window) / seconds["forward"],
+        # Overlapping measurements can come out the wrong way round on a busy machine.
+        gram=window * gram_flops(sizes) / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
+        solve=sum(solve_flops(module, sizes, kept) for module in MODULES) / seconds["solve"],
+        head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
+    )
+
+
+def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: TokenWindows) -> dict[str, float]:
+    """Run, calibrate and solve the one layer of ``model`` as the engine does; the best seconds of each."""
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -355,38 +374,28 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
         seconds[name] = min(time.perf_counter() - started, seconds.get(name, math.inf))  # the first time warms up
 
     def rank(full: int) -> int:
-        return max(1, round(kept * full))
+        return max(1, round((1 - config.ratio) * full))
 
-    layered, kept = resident(probe), 1 - config.ratio
-    method, family = METHODS[config.method].from_config(config), layered.family.description
-    layer, groups, heads = layered.layers[0], sizes.groups, sizes.heads
-    with observable(probe), LayerRunner(layered, [batch], Workers()).active() as runner:
+    method, family = METHODS[config.method].from_config(config), model.family.description
+    layer, groups, heads, hidden = model.layers[0], sizes.groups, sizes.heads, Activations(1)
+    with observable(model.model), LayerRunner(model, [batch], Workers()).active() as runner:
         for _ in range(_PROBES):
+            with clock("calibrate"), (collector := StatisticsCollector(layer, family, groups)).attached():
+                runner.run_layer(0, hidden, keep=False, before=collector.next_batch)
             with clock("forward"):
-                runner.run_layer(0, Activations(1))
-            collector = StatisticsCollector(layer, family, groups)
-            with clock("calibrate"), collector.attached():
-                runner.run_layer(0, Activations(1), before=collector.next_batch)
-        statistics = collector.result(Workers())
-        if config.samples * config.sequence_length >= sizes.intermediate > window:
-            # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
-            statistics.mlp.diagonal().add_(statistics.mlp.diagonal().mean())
-        with clock("solve"):
-            method.mlp(read_mlp(layer, family), statistics, rank(sizes.intermediate))
-            method.query_key(read_query_key(layer, family, groups, heads), statistics, rank(sizes.head // 2))
-            method.value_output(read_value_output(layer, family, groups, heads), statistics, rank(sizes.head))
-    states, weight = (torch.randn(rows, sizes.hidden, dtype=dtype, device=config.device) for rows in (256, 1024))
-    for _ in range(_PROBES):
-        with clock("head"):
-            states @ weight.T
-    forward = window * forward_flops(sizes, window)
-    return Rates(
-        forward=forward / seconds["forward"],
-        # Overlapping measurements can come out the wrong way round on a busy machine.
-        gram=window * gram_flops(sizes) / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
-        solve=sum(solve_flops(module, sizes, kept) for module in MODULES) / seconds["solve"],
-        head=256 * head_flops(sizes.hidden, 1024) / seconds["head"],
-    )
+                runner.run_layer(0, hidden)
+            with clock("head"):
+                list(runner.head(0, hidden))
+            hidden.remove()
+    statistics = collector.result(Workers())
+    if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens:
+        # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
+        statistics.mlp.diagonal().add_(statistics.mlp.diagonal().mean())
+    with clock("solve"):
+        method.mlp(read_mlp(layer, family), statistics, rank(sizes.intermediate))
+        method.query_key(read_query_key(layer, family, groups, heads), statistics, rank(sizes.head // 2))
+        method.value_output(read_value_output(layer, family, groups, heads), statistics, rank(sizes.head))
+    return seconds
 
 
 def _one_layer(model: PreTrainedModel, sizes: Sizes, dtype: torch.dtype) -> PreTrainedModel:
@@ -404,9 +413,7 @@ def _one_layer(model: PreTrainedModel, sizes: Sizes, dtype: torch.dtype) -> PreT
             "pad_token_id": None,
         }
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        probe: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
+    probe: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
     probe.eval()
     return probe
 
@@ -414,15 +421,6 @@ def _one_layer(model: PreTrainedModel, sizes: Sizes, dtype: torch.dtype) -> PreT
 def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _dtype(config: RunConfig, source: ModelSource, model_config: PreTrainedConfig) -> torch.dtype:
-    """The dtype of the weights once loaded, as far as the config tells."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    named = None if source.is_gguf else getattr(model_config, "dtype", None)
-    named = getattr(torch, named, None) if isinstance(named, str) else named
-    return named if isinstance(named, torch.dtype) else torch.float32
 
 
 def _gib(count: float) -> str:

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .stored import INDEX_FILE, WEIGHTS_FILE, Slice, slices
+from .stored import DTYPES, INDEX_FILE, WEIGHTS_FILE, Slice, slices
 
 SHARD_BYTES = 5_000_000_000
 _CHUNK = 1 << 24
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
 
 
 def write_shards(sources: Iterable[tuple[Path, str]], directory: Path, limit: int = SHARD_BYTES) -> None:
@@ -44,7 +43,7 @@ def _total(tensors: dict[str, Slice]) -> int:
 
 def _write(tensors: dict[str, Slice], path: Path) -> None:
     # Wide items first, so that every tensor begins at a multiple of its item's size, as in any safetensors file.
-    order = sorted(tensors, key=lambda name: (-_ITEM_BYTES[tensors[name].dtype], name))
+    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name].dtype].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:

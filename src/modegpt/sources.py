@@ -112,7 +112,7 @@ class ModelSource:
     def _streamed(self, config: PreTrainedConfig, dtype: Dtype, device: torch.device) -> LayeredModel:
         model = empty_model(config, self.trust_remote_code)
         stored = self.stored(model.state_dict(), config)
-        chosen = getattr(torch, dtype) if dtype != "auto" else self.dtype_of(stored, config)
+        chosen = self.dtype(dtype, config) or stored.dtype
         if _differ_though_tied(model, stored):  # as Transformers has it, the weights decide
             config = copy.deepcopy(config)
             config.tie_word_embeddings = False
@@ -139,11 +139,14 @@ class ModelSource:
         of_a_layer = list(decoder_layers(model, family)[0].state_dict())
         return LayeredModel(model, family, lambda index: load(of_a_layer, f"{prefix}{index}."))
 
-    def dtype_of(self, stored: StoredTensors, config: PreTrainedConfig) -> torch.dtype:
-        """What ``auto`` stands for: the config's dtype, else that of the weights; float32 for a GGUF file."""
-        named = None if self.is_gguf else getattr(config, "dtype", None)
+    def dtype(self, wanted: Dtype, config: PreTrainedConfig) -> torch.dtype | None:
+        """The dtype to load weights in: ``wanted``, or for ``auto`` the config's, and float32 for a GGUF file.
+
+        None where the config names none: then it is that of the weights.
+        """
+        named = wanted if wanted != "auto" else "float32" if self.is_gguf else getattr(config, "dtype", None)
         named = getattr(torch, named, None) if isinstance(named, str) else named
-        return named if isinstance(named, torch.dtype) else stored.dtype
+        return named if isinstance(named, torch.dtype) else None
 
     def _directory(self) -> Path:
         """The local directory of the weights; a hub model's are fetched first."""

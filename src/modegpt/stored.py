@@ -47,7 +47,8 @@ class Slice:
     bytes: int
 
 
-_DTYPES = {
+#: How safetensors files call the dtypes of plain models.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -94,9 +95,9 @@ class SafetensorsDirectory(StoredTensors):
                 found = slices(file)
             except Exception as error:
                 raise InvalidRequest(f"{file} is not a complete safetensors file: {error}") from error
-            self._slices |= {name: part for name, part in found.items() if part.dtype in _DTYPES}
+            self._slices |= {name: part for name, part in found.items() if part.dtype in DTYPES}
         self.shapes = {name: part.shape for name, part in self._slices.items()}
-        floating = [_DTYPES[part.dtype] for part in self._slices.values()]
+        floating = [DTYPES[part.dtype] for part in self._slices.values()]
         self.dtype = next((dtype for dtype in floating if dtype.is_floating_point), torch.float32)
 
     def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
@@ -104,7 +105,7 @@ class SafetensorsDirectory(StoredTensors):
         for name in names:
             part = self._slices[name]
             raw = np.fromfile(part.file, dtype=np.uint8, count=part.bytes, offset=part.offset)
-            tensor = torch.from_numpy(raw).view(_DTYPES[part.dtype]).view(part.shape)
+            tensor = torch.from_numpy(raw).view(DTYPES[part.dtype]).view(part.shape)
             result[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
         return result
 
