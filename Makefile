@@ -1,5 +1,6 @@
 # make demo    compress a real model and talk to it
 # make test    the whole test suite
+# make test-oldest  the tests of the model families with the oldest Transformers that is supported
 # make check   linter, formatter's check and type checker
 # PYTHON=python3.12 make ... picks the interpreter the environment is made with.
 
@@ -8,13 +9,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check clean
+.PHONY: demo test test-oldest check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# requirements.txt pins a newer Transformers and what comes with it, so these are replaced afterwards.
+OLDEST := .venv-oldest
+test-oldest: requirements.txt
+	$(MAKE) VENV=$(OLDEST) $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pip install --quiet "transformers==5.16.0" "huggingface_hub>=1.31,<2"
+	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_inference.py tests/test_norm.py \
+		tests/test_experts.py tests/test_engine.py tests/test_statistics.py tests/test_compressed_model.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -31,4 +40,4 @@ $(INSTALLED): pyproject.toml requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(OLDEST) demo-output

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import typer
 
+from helpers import run_cli
 from modegpt.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,14 @@ def test_the_scaling_table_is_that_of_the_formulas() -> None:
     table = (ROOT / "benchmarks/results/scaling.md").read_text()
     assert scaling.table() == table
     assert table in (ROOT / "docs/scaling.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/families.md"])
+def test_the_table_of_families_is_that_of_the_command(page: str) -> None:
+    outcome = run_cli("families", "--markdown")
+    assert outcome.code == 0
+    assert outcome.out.count("\n") > 19
+    assert outcome.out in (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

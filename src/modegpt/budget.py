@@ -11,9 +11,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .errors import InvalidRequest
+from .layout import HeadShape, expert_count, intermediate_size, linear, mlp_maps, norms
 from .modeling import Family, LayerSizes
 
 Module = Literal["mlp", "qk", "vo"]
+#: Kernels that multiply with all experts at once want rows of a multiple of 16 bytes, in 16-bit formats as well.
+EXPERT_MULTIPLE = 8
 MODULES: tuple[Module, ...] = get_args(Module)
 
 
@@ -21,13 +24,15 @@ MODULES: tuple[Module, ...] = get_args(Module)
 class ModuleGeometry:
     """One compressible module of a layer: ``full`` units of ``unit_parameters`` parameters each.
 
-    A unit is an intermediate channel (mlp), a rotary pair in every head (qk) or a value channel in every
-    head (vo). A rank of ``r`` units is ``r * channels`` channels wide.
+    A unit is an intermediate channel (mlp, of every expert), a rotary pair in every head (qk; one channel where
+    none rotate) or a value channel in every head (vo). A rank of ``r`` units is ``r * channels`` channels wide.
     """
 
     full: int
     unit_parameters: int
     channels: int = 1
+    multiple: int = 1
+    """Of channels: what kernels demand of a rank, unless it is full."""
 
     @property
     def parameters(self) -> int:
@@ -36,7 +41,7 @@ class ModuleGeometry:
 
     def nearest(self, units: float, align: int) -> int:
         """The allowed rank nearest to ``units``: a multiple of ``align`` channels, at least one, or full."""
-        step = math.lcm(align, self.channels) // self.channels
+        step = math.lcm(align, self.channels, self.multiple) // self.channels
         lower = min(max(1, math.floor(units / step)) * step, self.full)
         upper = min(lower + step, self.full)
         return lower if units - lower <= upper - units else upper
@@ -48,46 +53,55 @@ class LayerGeometry:
 
     modules: Mapping[Module, ModuleGeometry]
     parameters: int
+    extra: int = 0
+    """What the compressed layer has more at full ranks: norms for every head, an output bias for values' biases."""
+
+    def sizes(self, rank: LayerRanks) -> LayerSizes:
+        """The widths of the compressed layer at these ranks."""
+        channels = {name: getattr(rank, name) * module.channels for name, module in self.modules.items()}
+        return LayerSizes(channels["mlp"], qk_head_dim=channels["qk"], v_head_dim=channels["vo"])
 
 
 @dataclass(frozen=True)
 class LayerRanks:
-    """Kept units of one layer: intermediate channels, rotary pairs per head, value channels per head."""
+    """Kept units of one layer, see :class:`ModuleGeometry`."""
 
     mlp: int
     qk: int
     vo: int
 
-    def sizes(self) -> LayerSizes:
-        """The widths these ranks give the compressed layer."""
-        return LayerSizes(intermediate_size=self.mlp, qk_head_dim=2 * self.qk, v_head_dim=self.vo)
-
 
 def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
     """Count the parameters of a stock decoder ``layer`` (which may be on the meta device)."""
+    shape = HeadShape.of(layer, config, family)
+    heads, groups, head = shape.heads, shape.groups, shape.head
+    experts = expert_count(layer, family)
+    inputs, down = mlp_maps(layer, family, 0 if experts else None)
+    channel = sum(weight.shape[0] + (bias is not None) for weight, bias in inputs) + down.shape[1]
 
-    def cost(paths: Sequence[str], outputs: Sequence[str]) -> int:
-        """Parameters of one channel: a row (with its bias) in each of ``paths``, a column in each of ``outputs``."""
-        rows = [layer.get_submodule(path) for path in paths]
-        columns = [layer.get_submodule(path) for path in outputs]
-        return sum(row.in_features + (row.bias is not None) for row in rows) + sum(  # type: ignore[misc, operator]
-            column.out_features  # type: ignore[misc]
-            for column in columns
-        )
-
-    query, key, value, output = (f"{family.attention}.{name}" for name in family.attention_maps)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    head_dim = layer.get_submodule(key).out_features // groups
+    maps = [linear(layer, f"{family.attention}.{name}") for name in family.input_maps]
+    (query, query_bias), (_, key_bias), (_, value_bias) = maps[0], maps[len(maps) // 2], maps[-1]
+    _, output_bias = linear(layer, f"{family.attention}.{family.output}")
+    hidden = query.shape[0]
+    outputs = linear(layer, f"{family.attention}.{family.output}")[0].shape[1]
+    pair = heads * (hidden + (query_bias is not None)) + groups * (hidden + (key_bias is not None))
+    for norm, count in zip(norms(layer, family, shape), (heads, groups), strict=True):
+        pair += 0 if norm is None else count * (2 + (norm.bias is not None))
+    value = groups * hidden + heads * outputs
+    bias = outputs if output_bias is not None or value_bias is not None else 0
+    stock = sum(parameter.numel() for parameter in layer.get_submodule(family.attention).parameters())
     return LayerGeometry(
         {
             "mlp": ModuleGeometry(
-                layer.get_submodule(family.mlp_output).in_features,  # type: ignore[arg-type]
-                cost(family.mlp_inputs, [family.mlp_output]),
+                intermediate_size(layer, family),
+                max(1, experts) * channel,
+                multiple=EXPERT_MULTIPLE if experts else 1,
             ),
-            "qk": ModuleGeometry(head_dim // 2, 2 * (heads * cost([query], []) + groups * cost([key], [])), channels=2),
-            "vo": ModuleGeometry(head_dim, groups * cost([value], []) + heads * cost([], [output])),
+            "qk": ModuleGeometry(head // shape.step, shape.step * pair, channels=shape.step),
+            "vo": ModuleGeometry(head, value),
         },
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
+        extra=head * (pair + value) + bias - stock,
     )
 
 
@@ -100,13 +114,14 @@ def average_sparsity(layers: Sequence[LayerGeometry], modules: Sequence[Module],
     selected = sum(layer.modules[module].parameters for layer in layers for module in modules)
     chosen = [layer.modules[module] for layer in layers for module in modules]
     smallest = sum(geometry.nearest(0, align) * geometry.unit_parameters for geometry in chosen)
-    if ratio * blocks > selected - smallest:
-        largest = math.floor(1000 * (selected - smallest) / blocks) / 1000
+    extra = sum(layer.extra for layer in layers)  # has to be made up for
+    if ratio * blocks + extra > selected - smallest:
+        largest = max(0, math.floor(1000 * (selected - smallest - extra) / blocks) / 1000)
         raise InvalidRequest(
             f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)} and --align {align}: "
             f"at most {largest:g} of the decoder blocks' parameters can go; use less, more modules or a finer alignment"
         )
-    return ratio * blocks / selected
+    return (ratio * blocks + extra) / selected
 
 
 def ranks_from_sparsity(
@@ -150,6 +165,7 @@ def kept_parameters(layers: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]
     """Parameters of the decoder blocks at these ranks."""
     return sum(
         layer.parameters
+        + layer.extra
         - sum(
             (geometry.full - getattr(rank, module)) * geometry.unit_parameters
             for module, geometry in layer.modules.items()

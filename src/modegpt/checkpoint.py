@@ -14,12 +14,12 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CheckpointError, InvalidRequest
-from .families import COMPRESSED_TYPES
 from .files import existing_parent, sha256_of, storing, sync
 from .journal import REPLACED, Journal, left_behind, put_back
 from .layered import LayeredModel
+from .layout import rotary_channels
 from .model_card import model_card
-from .modeling import CompactAttention, layer_sizes, stock_config
+from .modeling import CompactAttention, is_compressed, layer_sizes, recognise
 from .report import REPORT_FILE, CompressionReport, RunFacts
 from .shards import SHARD_BYTES, write_shards
 from .sources import load_causal_lm, usable_device
@@ -62,7 +62,7 @@ def _is_compressed(directory: Path) -> bool:
     if (directory / REPORT_FILE).is_file():
         return True
     try:
-        return json.loads((directory / "config.json").read_bytes()).get("model_type") in COMPRESSED_TYPES
+        return is_compressed(json.loads((directory / "config.json").read_bytes()).get("model_type"))
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -82,7 +82,7 @@ def save(
     the model. Raises :class:`InvalidRequest` for an unusable directory.
     """
     directory = Path(directory)
-    if model.config.model_type not in COMPRESSED_TYPES:
+    if not is_compressed(model.config.model_type):
         raise InvalidRequest(f"a {type(model).__name__} is not a compressed model; save it with save_pretrained")
     check_output(directory, overwrite=overwrite)
     report = report or getattr(model, "compression_report", None)
@@ -154,18 +154,20 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
     """
     device = usable_device(device)
     try:
+        recognise(json.loads((Path(directory) / "config.json").read_bytes()).get("model_type"))
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if config.model_type not in COMPRESSED_TYPES:
+        if not is_compressed(config.model_type):
             raise CheckpointError(f"model type {config.model_type!r} is not a compressed model's")
         layer_sizes(config)
-        limit = stock_config(config).head_dim // 2
         model, info = load_causal_lm(directory, config=config, dtype=dtype, use_safetensors=True)
         problems = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
         if problems:
             raise CheckpointError(f"weights and config disagree: {problems}")
         for name, module in model.named_modules():
-            if isinstance(module, CompactAttention) and not _valid_pairs(module.rotary_pairs, limit):
-                raise CheckpointError(f"{name}.rotary_pairs are not ascending pairs below {limit}")
+            if isinstance(module, CompactAttention) and module.rotary_pairs is not None:
+                rotary = rotary_channels(config, module.rope_head_dim)
+                if not _valid_pairs(module.rotary_pairs, rotary, module.rope_head_dim):
+                    raise CheckpointError(f"{name}.rotary_pairs are not ascending pairs of {rotary} channels")
         if (Path(directory) / REPORT_FILE).is_file():
             vars(model)["compression_report"] = CompressionReport.read(Path(directory))
     except Exception as error:  # an untrusted directory can fail anywhere
@@ -175,9 +177,12 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
     return model
 
 
-def _valid_pairs(pairs: torch.Tensor, limit: int) -> bool:
-    inside = bool((pairs >= 0).all()) and bool((pairs < limit).all())
-    return inside and bool((pairs.diff(dim=-1) > 0).all())
+def _valid_pairs(pairs: torch.Tensor, rotary: int, head: int) -> bool:
+    """Whether every row ascends and has each pair once; that of still channels as often as there are two of them."""
+    still = rotary // 2
+    inside = bool((pairs >= 0).all()) and bool((pairs <= still).all())
+    ascending = bool(((pairs.diff(dim=-1) > 0) | (pairs[..., 1:] == still)).all())
+    return inside and ascending and bool(((pairs == still).sum(-1) <= (head - rotary) // 2).all())
 
 
 @contextmanager

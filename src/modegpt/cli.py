@@ -206,14 +206,31 @@ def inspect(
     directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.", metavar="DIR")],
 ) -> None:
     """Show what was kept in each layer of a compressed checkpoint, and at what error."""
-    from .console import layer_table, say, summary_table
+    from .console import experts_lines, layer_table, say, summary_table
     from .report import CompressionReport, RunFacts
 
     report = CompressionReport.read(directory)
     console = Console()
     console.print(summary_table(report, RunFacts.read(directory)))
     console.print(layer_table(report))
+    for line in experts_lines(report):
+        say(console, line)
     say(console, f"Made by: {report.command}")
+
+
+@app.command()
+def families(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """List the supported model families and what is special about each."""
+    from .console import families_table
+    from .families import family_rows
+
+    if markdown:
+        for number, row in enumerate(family_rows()):
+            print(f"| {' | '.join(row)} |" + ("\n|" + "---|" * len(row) if number == 0 else ""))
+    else:
+        Console().print(families_table())
 
 
 def _number(text: str, option: str) -> float:

@@ -20,6 +20,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from .budget import MODULES
+from .families import family_rows
 from .plan import Plan
 from .progress import Progress
 from .report import CompressionReport, RunFacts
@@ -191,13 +192,13 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
 
 def layer_table(report: CompressionReport) -> Table:
     """Per layer and module: kept of full units, and the relative output error."""
-    full = report.layers[0].modules
     table = Table(
         title="Kept of each layer, and the relative error of the module's output", title_justify="left", box=SIMPLE_HEAD
     )
     table.add_column("layer", justify="right")
-    for module, name in zip(MODULES, ("MLP", "QK pairs", "VO"), strict=True):
-        table.add_column(f"{name}\nof {full[module].full}", justify="right")
+    for module, name in zip(MODULES, ("MLP", "QK", "VO"), strict=True):
+        sizes = {layer.modules[module].full for layer in report.layers}
+        table.add_column(f"{name}\nof {' or '.join(map(str, sorted(sizes)))}", justify="right")
         table.add_column("\nkept", justify="right", style="dim")
         table.add_column("\nerror", justify="right")
     for index, layer in enumerate(report.layers):
@@ -207,6 +208,27 @@ def layer_table(report: CompressionReport) -> Table:
             error = f"[{_colour(facts.relative_error)}]{facts.relative_error:.3f}"
             cells += [str(facts.rank), f"{facts.rank / facts.full:.0%}", error]
         table.add_row(str(index), *cells)
+    return table
+
+
+def experts_lines(report: CompressionReport) -> list[str]:
+    """A line for every layer some of whose experts saw too few tokens to be calibrated by them alone."""
+    lines = []
+    for index, layer in enumerate(report.layers):
+        few, tokens = layer.modules["mlp"].experts_short_of_tokens, layer.modules["mlp"].expert_tokens or []
+        if few:
+            which = ", ".join(f"{expert} ({tokens[expert]})" for expert in few)
+            lines.append(f"Layer {index}: experts calibrated on fewer tokens than they have channels: {which}")
+    return lines
+
+
+def families_table() -> Table:
+    """The supported families."""
+    table = Table(title="Supported families", title_justify="left", box=SIMPLE_HEAD)
+    for column in family_rows()[0]:
+        table.add_column(column)
+    for row in family_rows()[1:]:
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -6,14 +6,17 @@ window. A multiplication and an addition count as two operations.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .budget import Module
 from .families import decoder_layers, family_of
+from .layout import HeadShape, expert_count, mlp_maps, norms
+from .modeling import Family
 from .statistics import panels
 
 _K = TypeVar("_K")
@@ -31,23 +34,37 @@ class Sizes:
     head: int
     gates: int
     """Maps into the intermediate space: two for a gated MLP."""
+    experts: int = 1
+    routed: int = 1
+    """Experts that a token goes through; one of one for a plain MLP."""
+    normed: int = 0
+    """Elements of the statistics of normed queries and keys."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Sizes:
-        """The sizes of a stock model (which may be on the meta device)."""
+        """The sizes of a stock model (which may be on the meta device); of its largest layer where they differ."""
         family = family_of(model)
         layers = decoder_layers(model, family)
-        description, config = family.description, model.config
-        output = layers[0].get_submodule(description.mlp_output)
-        key = layers[0].get_submodule(f"{description.attention}.{description.key}")
+        description = family.description
+        layer = max(layers, key=lambda layer: sum(parameter.numel() for parameter in layer.parameters()))
+        shape = HeadShape.of(layer, model.config, description)
+        experts = expert_count(layer, description)
+        inputs, output = mlp_maps(layer, description, 0 if experts else None)
+        normed = 0
+        for norm, heads in zip(norms(layer, description, shape), (shape.heads, shape.groups), strict=True):
+            if norm is not None:
+                normed += (heads * shape.head) ** 2 if norm.joint else heads * shape.head**2
         return cls(
             layers=len(layers),
-            hidden=config.hidden_size,
-            intermediate=output.in_features,  # type: ignore[arg-type]
-            heads=config.num_attention_heads,
-            groups=config.num_key_value_heads,
-            head=key.out_features // config.num_key_value_heads,
-            gates=len(description.mlp_inputs),
+            hidden=output.shape[1],
+            intermediate=output.shape[0],
+            heads=shape.heads,
+            groups=shape.groups,
+            head=shape.head,
+            gates=len(inputs),
+            experts=max(1, experts),
+            routed=model.config.num_experts_per_tok if experts else 1,
+            normed=normed,
         )
 
     def scaled(self, share: float) -> Sizes:
@@ -63,10 +80,30 @@ class Sizes:
         )
 
 
+def resized(config: PreTrainedConfig, family: Family, sizes: Sizes, vocabulary: int) -> PreTrainedConfig:
+    """A config like ``config`` for a model of these ``sizes``, its layers all as its first ones."""
+    result = copy.deepcopy(config)
+    values = {
+        "num_hidden_layers": sizes.layers,
+        "hidden_size": sizes.hidden,
+        family.intermediate_size: sizes.intermediate,
+        "num_attention_heads": sizes.heads,
+        "vocab_size": vocabulary,
+        "pad_token_id": None,
+    }
+    for name, value in (("num_key_value_heads", sizes.groups), ("head_dim", sizes.head)):
+        if getattr(config, name, None) is not None:
+            values[name] = value
+    if getattr(config, "layer_types", None) is not None:
+        values["layer_types"] = config.layer_types[: sizes.layers]
+    result.update(values)
+    return result
+
+
 def layer_parameters(sizes: Sizes) -> int:
-    """Weights of one decoder layer's linear maps: q and o, k and v, and the MLP's."""
-    d, h = sizes.hidden, sizes.head
-    return 2 * d * sizes.heads * h + 2 * d * sizes.groups * h + (sizes.gates + 1) * d * sizes.intermediate
+    """Weights of one decoder layer's linear maps that a token goes through: q and o, k and v, and the MLP's."""
+    d, h, m = sizes.hidden, sizes.head, sizes.intermediate
+    return 2 * d * sizes.heads * h + 2 * d * sizes.groups * h + sizes.routed * (sizes.gates + 1) * d * m
 
 
 def forward_flops(sizes: Sizes, window: int, kept: float = 1.0) -> float:
@@ -79,8 +116,10 @@ def forward_flops(sizes: Sizes, window: int, kept: float = 1.0) -> float:
 
 def gram_flops(sizes: Sizes) -> float:
     """Operations to add one token to a layer's statistics (see :class:`modegpt.statistics.GramSum`)."""
-    per_head = 2.0 * (sizes.heads + sizes.groups) * sizes.head**2
-    return per_head + _panel_flops(sizes.hidden) + _panel_flops(sizes.intermediate)
+    per_head = 2.0 * (sizes.heads + sizes.groups) * sizes.head**2 + 2.0 * sizes.normed
+    # What goes into the experts' output maps is computed once more.
+    again = 0 if sizes.experts == 1 else 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
+    return per_head + again + _panel_flops(sizes.hidden) + sizes.routed * _panel_flops(sizes.intermediate)
 
 
 def _panel_flops(n: int) -> float:
@@ -94,7 +133,8 @@ def head_flops(hidden: int, vocabulary: int) -> float:
 
 def statistics_bytes(sizes: Sizes) -> int:
     """The float64 sums of one layer."""
-    return 8 * (sizes.intermediate**2 + sizes.hidden**2 + (sizes.heads + sizes.groups) * sizes.head**2)
+    per_head = (sizes.heads + sizes.groups) * sizes.head**2 + sizes.normed
+    return 8 * (sizes.experts * sizes.intermediate**2 + sizes.hidden**2 + per_head)
 
 
 def solve_bytes(sizes: Sizes, tokens: int, kept: float = 1.0) -> int:
@@ -123,7 +163,7 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
     matrix for each. Query-key: a sum over channels. Leading terms only.
     """
     d, m, h = sizes.hidden, sizes.intermediate, sizes.head
-    if module == "mlp":
+    if module == "mlp":  # or one expert
         k = kept * m
         others = m - k
         return 2 / 3 * (m**3 + k**3) + 2 * k * others * m + 2 * k * others * d + 2 * others**2 * d + 2 * m**2 * d

@@ -12,10 +12,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,18 +26,22 @@ from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_sp
 from .config import CompressionConfig
 from .costs import Sizes, solve_flops, spread
 from .data import TokenWindows
+from .decompositions import with_pseudo_tokens
 from .errors import NumericalError
 from .evaluation import Loss
 from .families import model_geometry
 from .journal import Journal
 from .layered import LayeredModel, place, resident
+from .layout import HeadShape, expert_count
 from .methods import METHODS, Method, Solution
+from .modeling import Family
 from .parallel import Workers
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult
-from .runner import InputCapture, LayerRunner
+from .runner import Capture, LayerRunner
 from .statistics import LayerStatistics, StatisticsCollector, observable
 from .weights import (
+    MLPWeights,
     cast_like,
     complete,
     copy_rest,
@@ -45,10 +50,14 @@ from .weights import (
     read_mlp,
     read_query_key,
     read_value_output,
+    stack_experts,
     value_output_tensors,
 )
 
 Tensors = dict[str, torch.Tensor]
+#: A module of a layer, or one expert of its MLP.
+Part = tuple[Module, int | None]
+_EXPERT_SEED = 1_000_003
 
 #: Keeps the cosine of a zero vector finite, namely zero.
 _TINY = 1e-30
@@ -180,11 +189,15 @@ class Engine:
         return scores
 
     def _influence(self, index: int, layer: nn.Module, hidden: Activations) -> tuple[float, float, float]:
-        middle = InputCapture(layer.get_submodule(self.family.description.middle))
+        description = self.family.description
+        path = description.middle(self.dense.model.config)
+        middle = Capture(layer.get_submodule(path or description.attention), outputs=path is None)
         totals = torch.zeros(4, dtype=torch.float64, device=self.dense.device)
 
         def score(batch: TokenWindows, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-            start, between, end = (_real(x, batch) for x in (entering, middle.value, leaving))
+            # Where attention and MLP are parallel, attention counts as the first to add to the stream.
+            between = middle.value.view_as(entering) if path else entering + middle.value
+            start, between, end = (_real(x, batch) for x in (entering, between, leaving))
             sizes = [x.norm(dim=-1) for x in (start, between, end)]
             pairs = ((start, end, 0, 2), (start, between, 0, 1), (between, end, 1, 2))
             for slot, (one, other, i, j) in enumerate(pairs):
@@ -275,7 +288,7 @@ class Engine:
     def _calibrate(self, index: int, layer: nn.Module, hidden: Activations, *, keep: bool) -> LayerStatistics:
         """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
         self.progress.detail("calibrating")
-        collector = StatisticsCollector(layer, self.family.description, self.dense.model.config.num_key_value_heads)
+        collector = StatisticsCollector(layer, self.family.description, self._heads(layer))
         with collector.attached():
             self._runner.run_layer(index, hidden, keep=keep, before=collector.next_batch)
         statistics = collector.result(self.workers)
@@ -303,41 +316,58 @@ class Engine:
 
         Returns, on every worker, the state of the compressed layer and the results.
         """
-        costs = {module: solve_flops(module, self._sizes) for module in MODULES}
-        owners = spread(costs, self.workers.size)
-        solved: dict[Module, tuple[Tensors, ModuleResult]] = {}
+        parts = _parts(layer, self.family.description)
+        owners = spread({part: solve_flops(part[0], self._sizes) for part in parts}, self.workers.size)
+        solved: dict[Part, tuple[Tensors, Outcome]] = {}
         with torch.random.fork_rng(devices=[self.dense.device] if self.dense.device.type == "cuda" else []):
-            for module in (module for module in MODULES if owners[module] == self.workers.rank):
+            for part in (part for part in parts if owners[part] == self.workers.rank):
+                module, expert = part
                 # What a method draws depends on the place alone, not on how far this process has come.
-                torch.manual_seed(seed + len(MODULES) * index + MODULES.index(module))
-                self.progress.detail(f"solving {module}")
-                solution, tensors = self._solve_module(module, method, layer, statistics, getattr(rank, module))
-                full = self._geometry[index].modules[module].full
-                solved[module] = tensors, _result(solution, getattr(rank, module), full)
+                place_number = len(MODULES) * index + MODULES.index(module) + _EXPERT_SEED * (expert or 0)
+                torch.manual_seed((seed + place_number) % 2**63)
+                self.progress.detail(f"solving {module}" if expert is None else f"solving expert {expert}")
+                solution, tensors = self._solve_part(part, method, layer, statistics, getattr(rank, module))
+                solved[part] = tensors, Outcome.of(solution)
         state: Tensors = {}
-        results: dict[Module, ModuleResult] = {}
-        for module in MODULES:
-            mine = solved.get(module)
+        outcomes: dict[Module, list[Outcome]] = {module: [] for module in MODULES}
+        for part in parts:
+            mine = solved.pop(part, None)
             own = None if mine is None else cast_like(mine[0], layer)
-            state |= self.workers.tensors(own, owners[module], self.dense.device)
-            result = self.workers.tell(None if mine is None else mine[1], owners[module])
-            assert result is not None
-            results[module] = result
-        return complete(thin, state, like=layer), results
+            state |= self.workers.tensors(own, owners[part], self.dense.device)
+            outcome = self.workers.tell(None if mine is None else mine[1], owners[part])
+            assert outcome is not None
+            outcomes[part[0]].append(outcome)
+        geometry, tokens = self._geometry[index].modules, statistics.expert_tokens
+        results = {
+            module: _result(outcomes[module], getattr(rank, module), geometry[module].full) for module in MODULES
+        }
+        if tokens is not None:
+            results["mlp"] = replace(results["mlp"], expert_tokens=list(tokens))
+            if few := results["mlp"].experts_short_of_tokens:
+                self.progress.note(
+                    f"Layer {index}: {len(few)} of {len(tokens)} experts saw fewer tokens than they have channels "
+                    f"({min(tokens)} at least); what they lack is estimated from their weights"
+                )
+        return complete(thin, stack_experts(state), like=layer), results
 
-    def _solve_module(
-        self, module: Module, method: Method, layer: nn.Module, statistics: LayerStatistics, rank: int
+    def _solve_part(
+        self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics, rank: int
     ) -> tuple[Solution[Any], Tensors]:
-        family, sizes = self.family.description, self._sizes
+        family, heads, (module, expert) = self.family.description, self._heads(layer), part
         if module == "mlp":
-            mlp = method.mlp(read_mlp(layer, family), statistics, rank)
-            return mlp, mlp_tensors(mlp.weights, family)
+            weights = read_mlp(layer, family, expert)
+            if expert is not None:
+                statistics = _for_expert(statistics, expert, weights)
+            mlp = method.mlp(weights, statistics, rank)
+            return mlp, mlp_tensors(mlp.weights, family, expert)
         if module == "qk":
-            qk = method.query_key(read_query_key(layer, family, sizes.groups, sizes.heads), statistics, rank)
-            assert qk.kept is not None
-            return qk, query_key_tensors(qk.weights, qk.kept, family)
-        vo = method.value_output(read_value_output(layer, family, sizes.groups, sizes.heads), statistics, rank)
+            qk = method.query_key(read_query_key(layer, family, heads), statistics, rank)
+            return qk, query_key_tensors(qk.weights, qk.pairs, family)
+        vo = method.value_output(read_value_output(layer, family, heads), statistics, rank)
         return vo, value_output_tensors(vo.weights, family)
+
+    def _heads(self, layer: nn.Module) -> HeadShape:
+        return HeadShape.of(layer, self.dense.model.config, self.family.description)
 
     def _keep(self, index: int, thin: LayeredModel, state: Tensors, result: LayerResult, *, used: bool) -> None:
         """Put a finished layer where it belongs; it stays in memory if it is ``used`` next."""
@@ -357,7 +387,7 @@ class Engine:
         """The compressed model with everything but its decoder layers, which stay on the meta device."""
         dense = self.dense.model
         config = self.compressed_config(ranks)
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):  # some rotary embeddings cannot be computed on meta
             compressed = self.family.causal_lm(config)
         prefix = f"{dense.base_model_prefix}.{self.family.description.layers}."
         copy_rest(compressed, dense, outside=prefix, share=self._durable)
@@ -377,7 +407,10 @@ class Engine:
         values = self.dense.model.config.to_dict()
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
-        per_layer = {index: rank.sizes().to_config() for index, rank in enumerate(ranks)}
+        sizes = (layer.sizes(rank) for layer, rank in zip(self._geometry, ranks, strict=True))
+        per_layer = {index: widths.to_config() for index, widths in enumerate(sizes)}
+        if self.family.inferred:
+            values["compressed_family"] = self.family.description.differences()
         config: Any = self.family.config(**values, per_layer_config=per_layer)  # type: ignore[call-arg]
         config.architectures = [self.family.causal_lm.__name__]
         config.auto_map = self.family.auto_map
@@ -406,6 +439,40 @@ def _real(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:
     return rows.float()
 
 
-def _result(solution: Solution[Any], rank: int, full: int) -> ModuleResult:
-    kept = None if solution.kept is None else solution.kept.tolist()
-    return ModuleResult(rank, full, solution.relative_error, kept)
+@dataclass(frozen=True)
+class Outcome:
+    """What solving one part gave, but for the weights; see :class:`modegpt.methods.Solution`."""
+
+    error: float
+    norm: float
+    kept: list[Any] | None
+
+    @classmethod
+    def of(cls, solution: Solution[Any]) -> Outcome:
+        """That of ``solution``."""
+        return cls(solution.error, solution.norm, None if solution.kept is None else solution.kept.tolist())
+
+
+def _parts(layer: nn.Module, family: Family) -> list[Part]:
+    """What is solved by itself in a layer: its modules, and in place of the MLP each expert."""
+    experts = expert_count(layer, family)
+    mlp: list[Part] = [("mlp", expert) for expert in range(experts)] if experts else [("mlp", None)]
+    return [*mlp, ("qk", None), ("vo", None)]
+
+
+def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -> LayerStatistics:
+    """The statistics of one expert, made up for where it saw fewer tokens than it has channels."""
+    assert statistics.expert_tokens is not None
+    own = statistics.of_expert(expert)
+    if own.tokens >= own.mlp.shape[-1]:
+        return own
+    energy = statistics.mlp.diagonal(dim1=-2, dim2=-1).mean(-1).sum()
+    level = float(energy) / max(1, sum(statistics.expert_tokens))
+    return replace(own, mlp=with_pseudo_tokens(own.mlp, own.tokens, weights.inputs, level))
+
+
+def _result(outcomes: Sequence[Outcome], rank: int, full: int) -> ModuleResult:
+    error, norm = sum(outcome.error for outcome in outcomes), sum(outcome.norm for outcome in outcomes)
+    kept = [outcome.kept for outcome in outcomes if outcome.kept is not None]
+    merged = kept if len(kept) > 1 else kept[0] if kept else None
+    return ModuleResult(rank, full, (error / norm) ** 0.5 if norm > 0 else 0.0, merged)

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .budget import LayerGeometry, layer_geometry
 from .errors import InvalidRequest
-from .modeling import FAMILIES, CompressedFamily
-
-#: ``model_type`` of every compressed family.
-COMPRESSED_TYPES = frozenset(family.config.model_type for family in FAMILIES.values())
+from .modeling import FAMILIES, CompressedFamily, Family, has_experts, is_compressed
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a config whose family has no description."""
-    if config.model_type in COMPRESSED_TYPES:
+    """Refuse a config whose family has no description and cannot be inferred."""
+    if is_compressed(config.model_type):
         raise InvalidRequest("MODEL is already compressed; start from the dense model")
     if config.model_type not in FAMILIES:
-        raise InvalidRequest(
-            f"model family {config.model_type!r} is not supported; supported families: {', '.join(sorted(FAMILIES))}"
-        )
+        from .inference import infer_family  # which runs what checks its models here
+
+        if infer_family(config) is None:
+            raise InvalidRequest(
+                f"model family {config.model_type!r} is not supported, and its code is unlike that of the supported "
+                f"ones: {', '.join(sorted(FAMILIES))}; docs/families.md says how to add one"
+            )
+    for name, value in FAMILIES[config.model_type].description.requires.items():
+        if getattr(config, name) != value:
+            raise InvalidRequest(f"MODEL has {name} = {getattr(config, name)!r}; only {value!r} is supported")
     if getattr(config, "quantization_config", None) is not None:
         raise InvalidRequest("MODEL is quantised; start from the model in float32, bfloat16 or float16")
+
+
+def family_rows() -> list[tuple[str, str, str]]:
+    """The supported families, from their descriptions: model type, models, and what is special; the head first."""
+    head = ("model type", "models", "special")
+    known = (family.description for family in FAMILIES.values() if not family.inferred)
+    return [head, *((one.model_type, one.covers, one.special) for one in known)]
 
 
 def check_model(model: PreTrainedModel, *, loaded: bool = True) -> None:
@@ -35,19 +48,37 @@ def check_model(model: PreTrainedModel, *, loaded: bool = True) -> None:
     family = family_of(model)
     if type(model) is not family.stock:
         raise InvalidRequest(f"the model is a {type(model).__name__}; use a plain {family.stock.__name__}")
-    description = family.description
-    maps = [f"{description.attention}.{name}" for name in description.attention_maps]
     for index, layer in enumerate(decoder_layers(model, family)):
-        for path in (*maps, *description.mlp_inputs, description.mlp_output):
-            linear = layer.get_submodule(path)
-            weight = getattr(linear, "weight", None)
-            if type(linear) is not nn.Linear or weight is None or not weight.is_floating_point() or weight.itemsize < 2:
-                raise InvalidRequest(
-                    f"layer {index}: {path} is not a plain linear map in at least 16 bits; "
-                    "start from the unquantised model without adapters"
-                )
-            if loaded and weight.is_meta:
-                raise InvalidRequest(f"layer {index}: the weights of {path} are not loaded (meta device)")
+        problem = _problem(layer, family.description, loaded)
+        if problem is not None:
+            raise InvalidRequest(f"layer {index}: {problem}")
+
+
+def _problem(layer: nn.Module, family: Family, loaded: bool) -> str | None:
+    """What is unlike a stock layer of the family, if anything is."""
+    maps = [f"{family.attention}.{name}" for name in (*family.input_maps, family.output)]
+    if not has_experts(layer, family):
+        maps += [*family.mlp_inputs, family.mlp_output]
+    for path in maps:
+        linear = layer.get_submodule(path)
+        weight = getattr(linear, "weight", None)
+        if type(linear) not in (nn.Linear, Conv1D) or weight is None or not _is_plain(weight):
+            return (
+                f"{path} is not a plain linear map in at least 16 bits; start from the unquantised model "
+                "without adapters"
+            )
+        if loaded and weight.is_meta:
+            return f"the weights of {path} are not loaded (meta device)"
+    known = (*family.input_maps, family.output, *(name for name in family.norms if name))
+    attention = layer.get_submodule(family.attention)
+    for name, _ in attention.named_parameters():
+        if name.partition(".")[0] not in known:
+            return f"{family.attention}.{name} is not part of what is known of this family"
+    return None
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return weight.is_floating_point() and weight.itemsize >= 2
 
 
 def family_of(model: PreTrainedModel) -> CompressedFamily:

@@ -32,9 +32,10 @@ from .data import (
 from .engine import Compression, Engine
 from .errors import InvalidRequest
 from .evaluation import perplexity
-from .families import COMPRESSED_TYPES, check_family, check_model
+from .families import check_family, check_model
 from .journal import Journal, check_unfinished, open_journal
 from .layered import LayeredModel
+from .modeling import is_compressed
 from .parallel import Workers, local_device, processes, restarts, workers
 from .plan import Plan, Shape, check_plan, make_plan
 from .progress import Progress
@@ -321,7 +322,7 @@ def open_model(
         raise InvalidRequest(f"--dtype {dtype!r}: use one of {', '.join(get_args(Dtype))}")
     config, tokenizer = source.config(), source.tokenizer()
     check_vocabulary(tokenizer, config)
-    if config.model_type in COMPRESSED_TYPES:
+    if is_compressed(config.model_type):
         return tokenizer, config, lambda: load(address, dtype=dtype, device=device)
     return tokenizer, config, lambda: source.model(cast(Dtype, dtype), device)
 

@@ -6,7 +6,6 @@ smaller one of the same proportions where that would take long) is really run an
 
 from __future__ import annotations
 
-import copy
 import math
 import shutil
 import time
@@ -30,16 +29,18 @@ from .costs import (
     forward_flops,
     gram_flops,
     head_flops,
+    resized,
     solve_bytes,
     solve_flops,
     statistics_bytes,
 )
 from .data import SELF, TokenWindows
 from .errors import InvalidRequest
-from .families import model_geometry
+from .families import family_of, model_geometry
 from .files import existing_parent
 from .journal import left_behind
 from .layered import LayeredModel, resident
+from .layout import HeadShape, expert_count
 from .methods import METHODS
 from .parallel import Workers, processes, processes_here
 from .runner import HEAD_POSITIONS, LayerRunner
@@ -323,7 +324,8 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     evaluated = 0 if config.evaluate == "none" else _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
-    solve = sizes.layers * sum(solve_flops(module, sizes, kept) for module in MODULES)
+    parts = {module: sizes.experts if module == "mlp" else 1 for module in MODULES}
+    solve = sizes.layers * sum(count * solve_flops(module, sizes, kept) for module, count in parts.items())
     head = 2 * head_flops(sizes.hidden, shape.vocabulary)
 
     def phase(name: str, **flops: float) -> PhasePlan:
@@ -377,10 +379,11 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
         return max(1, round((1 - config.ratio) * full))
 
     method, family = METHODS[config.method].from_config(config), model.family.description
-    layer, groups, heads, hidden = model.layers[0], sizes.groups, sizes.heads, Activations(1)
+    layer, hidden = model.layers[0], Activations(1)
+    heads, experts = HeadShape.of(layer, model.model.config, family), expert_count(layer, family)
     with observable(model.model), LayerRunner(model, [batch], Workers()).active() as runner:
         for _ in range(_PROBES):
-            with clock("calibrate"), (collector := StatisticsCollector(layer, family, groups)).attached():
+            with clock("calibrate"), (collector := StatisticsCollector(layer, family, heads)).attached():
                 runner.run_layer(0, hidden, keep=False, before=collector.next_batch)
             with clock("forward"):
                 runner.run_layer(0, hidden)
@@ -388,31 +391,20 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
                 list(runner.head(0, hidden))
             hidden.remove()
     statistics = collector.result(Workers())
-    if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens:
+    of_mlp = statistics.of_expert(0) if experts else statistics
+    if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (2 * sizes.experts):
         # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
-        statistics.mlp.diagonal().add_(statistics.mlp.diagonal().mean())
+        of_mlp.mlp.diagonal().add_(of_mlp.mlp.diagonal().mean().clamp_min(1))
     with clock("solve"):
-        method.mlp(read_mlp(layer, family), statistics, rank(sizes.intermediate))
-        method.query_key(read_query_key(layer, family, groups, heads), statistics, rank(sizes.head // 2))
-        method.value_output(read_value_output(layer, family, groups, heads), statistics, rank(sizes.head))
+        method.mlp(read_mlp(layer, family, 0 if experts else None), of_mlp, rank(sizes.intermediate))
+        method.query_key(read_query_key(layer, family, heads), statistics, rank(sizes.head // heads.step))
+        method.value_output(read_value_output(layer, family, heads), statistics, rank(sizes.head))
     return seconds
 
 
 def _one_layer(model: PreTrainedModel, sizes: Sizes, dtype: torch.dtype) -> PreTrainedModel:
     """A random model of one layer of these ``sizes``, otherwise configured like ``model``."""
-    config = copy.deepcopy(model.config)
-    config.update(
-        {
-            "num_hidden_layers": 1,
-            "hidden_size": sizes.hidden,
-            "intermediate_size": sizes.intermediate,
-            "num_attention_heads": sizes.heads,
-            "num_key_value_heads": sizes.groups,
-            "head_dim": sizes.head,
-            "vocab_size": _PROBE_VOCABULARY,
-            "pad_token_id": None,
-        }
-    )
+    config = resized(model.config, family_of(model).description, sizes, vocabulary=_PROBE_VOCABULARY)
     probe: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
     probe.eval()
     return probe

@@ -10,12 +10,20 @@ from .budget import LayerRanks, Module
 
 @dataclass(frozen=True)
 class ModuleResult:
-    """What happened to one module: ``rank`` of ``full`` units, relative output error, kept indices (None if mixed)."""
+    """What happened to one module: ``rank`` of ``full`` units, and its relative output error."""
 
     rank: int
     full: int
     relative_error: float
     kept: list[int] | list[list[int]] | None
+    """Kept channels: of the MLP, of each expert, or of the queries and keys of each key-value head; None if mixed."""
+    expert_tokens: list[int] | None = None
+    """Tokens that calibrated each expert, where there are experts."""
+
+    @property
+    def experts_short_of_tokens(self) -> list[int]:
+        """The experts that saw fewer tokens than they have channels, so that statistics alone could not decide."""
+        return [expert for expert, tokens in enumerate(self.expert_tokens or ()) if tokens < self.full]
 
 
 @dataclass(frozen=True)

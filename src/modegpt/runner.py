@@ -134,11 +134,12 @@ class LayerRunner:
         return forward
 
 
-class InputCapture:
-    """Keeps the latest input of a module."""
+class Capture:
+    """Keeps the latest input of a module, or the latest of its ``outputs``."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, outputs: bool = False) -> None:
         self._module = module
+        self._outputs = outputs
         self._value: torch.Tensor | None = None
 
     @property
@@ -148,10 +149,11 @@ class InputCapture:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        def capture(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._value = args[0]
+        def capture(_: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
+            found = output if self._outputs else args
+            self._value = found[0] if isinstance(found, tuple) else found
 
-        handle = self._module.register_forward_pre_hook(capture)
+        handle = self._module.register_forward_hook(capture)
         try:
             yield
         finally:

@@ -28,7 +28,17 @@ from transformers import (
 from .errors import CheckpointError, InvalidRequest
 from .families import decoder_layers, family_of
 from .layered import LayeredModel
-from .stored import INDEX_FILE, WEIGHTS_FILE, GGUFFile, SafetensorsDirectory, StoredTensors, fingerprint, shard_names
+from .modeling import FAMILIES
+from .stored import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    GGUFFile,
+    JoinedTensors,
+    SafetensorsDirectory,
+    StoredTensors,
+    fingerprint,
+    shard_names,
+)
 from .weights import set_tensor
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -101,7 +111,9 @@ class ModelSource:
         """The checkpoint's tensors, for a model whose state dict has these ``names``."""
         if self.is_gguf:
             return GGUFFile(Path(self.address), names, config)
-        return SafetensorsDirectory(self._directory())
+        stored = SafetensorsDirectory(self._directory())
+        aliases = FAMILIES[config.model_type].description.stored_as
+        return JoinedTensors(stored, names, aliases) if aliases else stored
 
     def fingerprint(self) -> str:
         """A hash that tells the weights from others."""
@@ -136,8 +148,8 @@ class ModelSource:
         if not self.is_gguf:
             with suppress(OSError):  # not every model has one
                 model.generation_config = GenerationConfig.from_pretrained(self.address)
-        of_a_layer = list(decoder_layers(model, family)[0].state_dict())
-        return LayeredModel(model, family, lambda index: load(of_a_layer, f"{prefix}{index}."))
+        of_layers = [list(layer.state_dict()) for layer in decoder_layers(model, family)]
+        return LayeredModel(model, family, lambda index: load(of_layers[index], f"{prefix}{index}."))
 
     def dtype(self, wanted: Dtype, config: PreTrainedConfig) -> torch.dtype | None:
         """The dtype to load weights in: ``wanted``, or for ``auto`` the config's, and float32 for a GGUF file.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,11 +25,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .data import TokenWindows
-from .modeling import Family
+from .layout import HeadShape, expert_count, intermediate_size
+from .modeling import Family, is_joint
 from .parallel import Workers
 
 #: Tokens whose products are summed in float32 before they join the float64 sum.
 BLOCK_ROWS = 2048
+#: Keeps the squares of a zero vector finite, namely zero.
+_TINY = 1e-30
 #: A symmetric product is computed in at most this many column panels, each against itself and those after it.
 PANELS, PANEL_WIDTH = 8, 384
 
@@ -46,10 +49,11 @@ class GramSum:
     Only the panels on and above the diagonal are computed: for wide x little more than half of the arithmetic.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, out: torch.Tensor | None = None) -> None:
+        """The sum is kept in ``out`` (..., n, n) where given, zeros of float64."""
         self.resolution = 0.0
-        self._sum: torch.Tensor | None = None
-        self._panels: list[slice] = []
+        self._sum = out
+        self._panels: list[slice] = [] if out is None else panels(out.shape[-1])
 
     def add(self, x: torch.Tensor) -> None:
         """Add x^T x of x (..., N, n), in any floating-point dtype."""
@@ -80,7 +84,8 @@ class LayerStatistics:
     """
 
     mlp: torch.Tensor
-    """C = Z^T Z of the input of the MLP's output map: (m, m)."""
+    """C = Z^T Z of the input of the MLP's output map: (m, m). Of E experts: (E, m, m), each over the tokens that are
+    routed to it, times the router's weight, as the expert's output is."""
     attention_input: torch.Tensor
     """C = X^T X of the attention block's input, after its norm: (d, d)."""
     query: torch.Tensor
@@ -90,10 +95,23 @@ class LayerStatistics:
     tokens: int = 0
     resolution: float = 0.0
     """Relative precision of the products: those of float32, or of float64 for a model in float64."""
+    query_squares: torch.Tensor | None = None
+    """Where queries are normed: U = sum of u^T u, u_i = n x_i^2 / sum_j x_j^2 for the n channels that go into a norm.
+    (G, g, h, h), or (H h, H h) for a norm over all heads."""
+    key_squares: torch.Tensor | None = None
+    """The same of keys: (G, h, h) or (G h, G h)."""
+    expert_tokens: tuple[int, ...] | None = None
+    """Tokens routed to each expert, where there are experts."""
 
     def is_finite(self) -> bool:
         """Whether every sum is free of NaN and infinity."""
-        return all(bool(x.isfinite().all()) for x in (self.mlp, self.attention_input, self.query, self.key))
+        sums = (self.mlp, self.attention_input, self.query, self.key, self.query_squares, self.key_squares)
+        return all(bool(x.isfinite().all()) for x in sums if x is not None)
+
+    def of_expert(self, expert: int) -> LayerStatistics:
+        """The same with the MLP correlation and the tokens of one expert."""
+        assert self.expert_tokens is not None
+        return replace(self, mlp=self.mlp[expert], tokens=self.expert_tokens[expert], expert_tokens=None)
 
 
 AttentionObserver = Callable[[torch.Tensor, torch.Tensor], None]
@@ -130,46 +148,105 @@ def observable(model: PreTrainedModel) -> Iterator[None]:
 class StatisticsCollector:
     """Accumulates the :class:`LayerStatistics` of one stock decoder layer while it runs."""
 
-    def __init__(self, layer: nn.Module, family: Family, groups: int) -> None:
+    def __init__(self, layer: nn.Module, family: Family, shape: HeadShape) -> None:
         self._attention = layer.get_submodule(family.attention)
-        self._value = self._attention.get_submodule(family.value)
-        self._mlp_output = layer.get_submodule(family.mlp_output)
-        self._groups = groups
+        self._family = family
+        self._shape = shape
         self._mask: torch.Tensor | None = None
-        self._sums = {name: GramSum() for name in ("attention_input", "query", "key", "mlp")}
+        self._sums = {name: GramSum() for name in ("attention_input", "query", "key")}
         self._tokens = 0
+        self._experts: nn.Module | None = None
+        self._mlp_output: nn.Module | None = None
+        if count := expert_count(layer, family):
+            self._experts = layer.get_submodule(str(family.experts))
+            device, m = next(self._experts.parameters()).device, intermediate_size(layer, family)
+            self._mlp = torch.zeros(count, m, m, dtype=torch.float64, device=device)
+            self._expert_sums = [GramSum(out) for out in self._mlp]
+            self._routed = torch.zeros(count, dtype=torch.int64, device=device)
+        else:
+            self._mlp_output = layer.get_submodule(family.mlp_output)
+            self._sums["mlp"] = GramSum()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Collect from every forward of the layer within this context."""
+        attention, family = self._attention, self._family
+        hooks = [
+            attention.get_submodule(family.input_maps[-1]).register_forward_pre_hook(self._input("attention_input"))
+        ]
+        if self._experts is None:
+            assert self._mlp_output is not None
+            hooks.append(self._mlp_output.register_forward_pre_hook(self._input("mlp")))
+        else:
+            hooks.append(self._experts.register_forward_pre_hook(self._observe_experts))
+        for norm, name, projection in zip(family.norms, ("query", "key"), family.input_maps, strict=False):
+            if norm is not None and getattr(attention, norm, None) is not None:
+                joint = is_joint(getattr(attention, norm), self._count(name), self._shape.head)
+                hooks.append(attention.get_submodule(projection).register_forward_hook(self._squares(name, joint)))
         with ExitStack() as stack:
-            for module, name in ((self._value, "attention_input"), (self._mlp_output, "mlp")):
-                handle = module.register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
-                stack.callback(handle.remove)
-            _observers[self._attention] = self._observe
-            stack.callback(_observers.pop, self._attention)
+            for hook in hooks:
+                stack.callback(hook.remove)
+            _observers[attention] = self._observe
+            stack.callback(_observers.pop, attention)
             yield
 
     def next_batch(self, batch: TokenWindows) -> None:
         """Announce the batch about to run."""
-        self._mask = batch.mask
+        self._mask = None if batch.mask is None else batch.mask.flatten()
         self._tokens += batch.tokens
 
     def result(self, workers: Workers) -> LayerStatistics:
         """The statistics of everything that all workers have seen."""
         sums = {name: gram.total(workers) for name, gram in self._sums.items()}
-        heads, *head = sums["query"].shape
-        query = sums["query"].view(self._groups, heads // self._groups, *head)
-        tokens = torch.tensor(self._tokens, device=query.device)
+        lead = (self._shape.groups, self._shape.heads // self._shape.groups)
+        for name in ("query", "query_squares"):
+            if name in sums and sums[name].dim() == 3:
+                sums[name] = sums[name].unflatten(0, lead)
+        tokens = torch.tensor(self._tokens, device=sums["query"].device)
         workers.sum(tokens)
-        resolution = max(gram.resolution for gram in self._sums.values())
-        return LayerStatistics(sums["mlp"], sums["attention_input"], query, sums["key"], int(tokens), resolution)
+        grams, routed = list(self._sums.values()), None
+        if self._experts is not None:
+            for gram in self._expert_sums:
+                gram.total(workers)
+            workers.sum(self._routed)
+            sums["mlp"], routed = self._mlp, tuple(self._routed.tolist())
+            grams += self._expert_sums
+        resolution = max(gram.resolution for gram in grams)
+        return LayerStatistics(**sums, tokens=int(tokens), resolution=resolution, expert_tokens=routed)
+
+    def _count(self, name: str) -> int:
+        return self._shape.heads if name == "query" else self._shape.groups
+
+    def _input(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _, args: self._add(name, args[0].flatten(0, -2))
 
     def _observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
         for name, x in (("query", query), ("key", key)):
-            self._add(name, x.transpose(1, 2))  # (B, T, heads, h)
+            self._add(name, x.transpose(1, 2).flatten(0, 1))  # (B T, heads, h)
+
+    def _squares(self, name: str, joint: bool) -> Callable[..., None]:
+        def observe(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            x = output.detach().float().flatten(0, -2).unflatten(-1, (-1, self._shape.head))  # (B T, heads, h)
+            if self._family.norm_centred:
+                x = x - x.mean(-1, keepdim=True)
+            squares = x.flatten(-2).square() if joint else x.square()
+            self._add(f"{name}_squares", squares / squares.mean(-1, keepdim=True).clamp_min(_TINY))
+
+        return observe
+
+    def _observe_experts(self, experts: Any, args: tuple[torch.Tensor, ...]) -> None:
+        hidden, chosen, weights = args  # (N, d), (N, k), (N, k)
+        for expert, gram in enumerate(self._expert_sums):
+            routed = chosen == expert
+            if self._mask is not None:
+                routed = routed & self._mask.to(routed.device)[:, None]
+            tokens, slot = routed.nonzero(as_tuple=True)
+            self._routed[expert] += len(tokens)
+            if len(tokens):
+                gate, up = nn.functional.linear(hidden[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+                gram.add(experts.act_fn(gate) * up * weights[tokens, slot, None])
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        """Add the real tokens of x (B, T, ..., n): one Gram matrix for each index in between."""
-        rows = x.detach().flatten(0, 1) if self._mask is None else x.detach()[self._mask]  # (N, ..., n)
-        self._sums[name].add(rows.movedim(0, -2))  # (..., N, n)
+        """Add the real tokens of x (B T, ..., n): one Gram matrix for each index in between."""
+        rows = x.detach() if self._mask is None else x.detach()[self._mask.to(x.device)]  # (N, ..., n)
+        self._sums.setdefault(name, GramSum()).add(rows.movedim(0, -2))  # (..., N, n)

@@ -20,6 +20,8 @@ import torch
 from .errors import InvalidRequest
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+#: Others store some tensors otherwise than Transformers has them.
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _SAMPLE_BYTES, _SAMPLES = 4096, 4096
 
 
@@ -110,6 +112,57 @@ class SafetensorsDirectory(StoredTensors):
         return result
 
 
+class JoinedTensors(StoredTensors):
+    """Another reader's tensors, some put together from several: experts stacked, gate and up concatenated."""
+
+    def __init__(self, stored: StoredTensors, names: Iterable[str], aliases: Mapping[str, tuple[str, ...]]) -> None:
+        """``names`` are those of the model's state dict; ``aliases`` as :attr:`modegpt.modeling.Family.stored_as`."""
+        self._stored, self.files, self.dtype = stored, stored.files, stored.dtype
+        self._pieces: dict[str, list[list[str]]] = {}
+        shapes = dict(stored.shapes)
+        for name in names:
+            for ending, patterns in aliases.items():
+                stem = name.removesuffix(ending)
+                if stem == name or name in stored.shapes:
+                    continue
+                for place in (stem, stem.partition(".")[2]):  # with and without the base model's name
+                    pieces = [self._matches(place + pattern) for pattern in patterns]
+                    if all(pieces) and len({len(found) for found in pieces}) == 1:
+                        shapes[name] = self._joined_shape(pieces, "*" in patterns[0])
+                        self._pieces[name] = pieces
+                        break
+        self.shapes = shapes
+        self._stacked = {name for name in self._pieces if len(shapes[name]) == 3}
+
+    def _matches(self, pattern: str) -> list[str]:
+        """The stored names that a pattern stands for, by the number in place of its ``*``."""
+        if "*" not in pattern:
+            return [pattern] if pattern in self._stored.shapes else []
+        found: list[str] = []
+        while (name := pattern.replace("*", str(len(found)))) in self._stored.shapes:
+            found.append(name)
+        return found
+
+    def _joined_shape(self, pieces: list[list[str]], stacked: bool) -> tuple[int, ...]:
+        shapes = [self._stored.shapes[found[0]] for found in pieces]
+        rows = sum(shape[0] for shape in shapes)
+        return (len(pieces[0]), rows, *shapes[0][1:]) if stacked else (rows, *shapes[0][1:])
+
+    def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        result: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name not in self._pieces:
+                result |= self._stored.read([name], dtype, device)
+                continue
+            # Each expert goes to its place at once: the joined tensor is the only copy of its size.
+            joined = torch.empty(self.shapes[name], dtype=dtype, device=device)
+            for number, parts in enumerate(zip(*self._pieces[name], strict=True)):
+                place = joined[number] if name in self._stacked else joined
+                torch.cat(list(self._stored.read(parts, dtype, device).values()), out=place)
+            result[name] = joined
+        return result
+
+
 @dataclass(frozen=True)
 class _Block:
     """Where a GGUF tensor lies, and how it is encoded."""
@@ -129,6 +182,11 @@ class GGUFFile(StoredTensors):
         reader = gguf.GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
         tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if architecture not in GGUF_ARCHITECTURES:
+            raise InvalidRequest(
+                f"GGUF files of architecture {architecture!r} are not supported, only {', '.join(GGUF_ARCHITECTURES)}; "
+                "use the model's safetensors files"
+            )
         table = gguf.get_tensor_name_map(
             next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture),
             config.num_hidden_layers,

@@ -7,12 +7,13 @@ d hidden size, m intermediate size, G key-value heads, g query heads per key-val
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from .decompositions import norm_energy
+from .layout import HeadShape, Map, Norm, linear, mlp_maps, norms, query_key_value
 from .modeling import Family
 
 
@@ -32,6 +33,30 @@ class MLPWeights:
 
 
 @dataclass(frozen=True)
+class NormWeights:
+    """x_i / sqrt(sum_j e_j x_j^2 / n) w_i + b_i, a norm of queries (G, g, h) or keys (G, h)."""
+
+    weight: torch.Tensor
+    """w, as the family stores it."""
+    energy: torch.Tensor
+    """e: for how many of the norm's n channels each one stands; ones where all are there."""
+    bias: torch.Tensor | None
+    joint: bool
+    """Whether the sum goes over all heads."""
+
+    def select(self, channels: torch.Tensor, squares: torch.Tensor) -> NormWeights:
+        """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`."""
+        chosen = _select(self.energy, channels)
+        if self.joint:  # one head of all channels
+            every = torch.arange(self.weight.numel(), device=channels.device).view_as(self.weight)
+            energy = norm_energy(squares, _select(every, channels).flatten())
+        else:
+            energy = norm_energy(squares, _select(_positions(self.weight), channels))
+        bias = None if self.bias is None else _select(self.bias, channels)
+        return replace(self, weight=_select(self.weight, channels), energy=energy.view_as(chosen), bias=bias)
+
+
+@dataclass(frozen=True)
 class QueryKeyWeights:
     """rho(x W_q + b_q) rho(x W_k + b_k)^T for every head."""
 
@@ -43,96 +68,176 @@ class QueryKeyWeights:
     """(G, g, h)."""
     key_bias: torch.Tensor | None
     """(G, h)."""
+    query_norm: NormWeights | None = None
+    key_norm: NormWeights | None = None
+    rotary: int = 0
+    """Channels of a head that the rotary embedding turns."""
+    neighbours: bool = False
+    """How it pairs them, see :class:`modegpt.layout.HeadShape`."""
+
+    def select(
+        self, channels: torch.Tensor, query_squares: torch.Tensor | None, key_squares: torch.Tensor | None
+    ) -> QueryKeyWeights:
+        """Keep the ``channels`` (G, k) of every group, in their order.
+
+        Norms are given the statistics of their normalised squares, so that they go on to divide by the size of
+        all channels.
+        """
+        return replace(
+            self,
+            query=_select(self.query, channels),
+            key=_select(self.key, channels),
+            query_bias=None if self.query_bias is None else _select(self.query_bias, channels),
+            key_bias=None if self.key_bias is None else _select(self.key_bias, channels),
+            query_norm=_select_norm(self.query_norm, channels, query_squares),
+            key_norm=_select_norm(self.key_norm, channels, key_squares),
+        )
 
 
 @dataclass(frozen=True)
 class ValueOutputWeights:
-    """A (x W_v + b_v) W_o + b_o summed over the heads, A the attention weights."""
+    """A (x W_v + b_v) W_o + b_o summed over the heads, A the attention weights.
+
+    They sum to one for every head, so b_v W_o goes straight to the output and is part of ``output_bias`` here:
+    no truncation reaches it.
+    """
 
     value: torch.Tensor
     """(G, d, h)."""
     output: torch.Tensor
     """(G, g, h, d)."""
-    value_bias: torch.Tensor | None
-    """(G, h)."""
     output_bias: torch.Tensor | None
-    """(d,)."""
+    """b_o + b_v W_o: (d,)."""
 
 
-def read_mlp(layer: nn.Module, family: Family) -> MLPWeights:
-    """Copy a stock layer's MLP into the common form."""
-    inputs = [_linear(layer, path, double=False) for path in family.mlp_inputs]
+def _select(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """The ``channels`` (G, k) of the last axis of x (G, ..., h)."""
+    index = channels.view(len(channels), *[1] * (x.dim() - 2), channels.shape[-1])
+    return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+
+def _select_norm(norm: NormWeights | None, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights | None:
+    if norm is None:
+        return None
+    assert squares is not None
+    return norm.select(channels, squares)
+
+
+def _positions(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(x.shape[-1], device=x.device).expand_as(x)
+
+
+def read_mlp(layer: nn.Module, family: Family, expert: int | None = None) -> MLPWeights:
+    """Copy a stock layer's MLP, or one of its experts, into the common form."""
+    inputs, output = mlp_maps(layer, family, expert)
     return MLPWeights(
         inputs=tuple(weight for weight, _ in inputs),
         input_biases=tuple(bias for _, bias in inputs),
-        output=_linear(layer, family.mlp_output)[0],
+        output=output.double(),
     )
 
 
-def mlp_tensors(mlp: MLPWeights, family: Family) -> dict[str, torch.Tensor]:
-    """A compressed MLP under the names and in the orientation of the compressed layer's state dict."""
+def mlp_tensors(mlp: MLPWeights, family: Family, expert: int | None = None) -> dict[str, torch.Tensor]:
+    """A compressed MLP under the names and in the orientation of the compressed layer's state dict.
+
+    Those of an ``expert`` have its number in place of the stacked tensors' first axis: see :func:`stack_experts`.
+    """
+    if expert is not None:
+        gate_up = torch.cat([weight.T for weight in mlp.inputs])
+        return {
+            f"{family.experts}.gate_up_proj[{expert}]": gate_up,
+            f"{family.experts}.down_proj[{expert}]": mlp.output.T,
+        }
     tensors = {f"{family.mlp_output}.weight": mlp.output.T}
-    for path, weight, bias in zip(family.mlp_inputs, mlp.inputs, mlp.input_biases, strict=True):
-        tensors |= _named(path, weight.T, bias)
+    blocks = len(mlp.inputs) // len(family.mlp_inputs)
+    for number, path in enumerate(family.mlp_inputs):
+        parts = slice(number * blocks, (number + 1) * blocks)
+        biases = [bias for bias in mlp.input_biases[parts] if bias is not None]
+        weight = torch.cat(mlp.inputs[parts], dim=1)
+        tensors |= _named(path, weight.T, torch.cat(biases) if biases else None)
     return tensors
 
 
-def read_query_key(layer: nn.Module, family: Family, groups: int, heads: int) -> QueryKeyWeights:
+def stack_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors named ``x[0]``, ``x[1]``, ... become one named ``x``; others stay."""
+    result = {name: tensor for name, tensor in tensors.items() if not name.endswith("]")}
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("]"):
+            whole, _, number = name[:-1].partition("[")
+            parts.setdefault(whole, {})[int(number)] = tensor
+    return result | {name: torch.stack([found[key] for key in sorted(found)]) for name, found in parts.items()}
+
+
+def read_query_key(layer: nn.Module, family: Family, shape: HeadShape) -> QueryKeyWeights:
     """Copy a stock layer's queries and keys into the common form."""
-    per_group = heads // groups
-    query, query_bias = _linear(layer, f"{family.attention}.{family.query}")
-    key, key_bias = _linear(layer, f"{family.attention}.{family.key}")
+    groups, per_group = shape.groups, shape.heads // shape.groups
+    query, key, _ = query_key_value(layer, family, shape)
+    query_norm, key_norm = norms(layer, family, shape)
+    if family.norm_centred:  # the mean over a head's channels is linear: the maps can subtract it
+        query = _centred(query) if query_norm else query
+        key = _centred(key) if key_norm else key
     return QueryKeyWeights(
-        query=query.unflatten(1, (groups, per_group, -1)).permute(1, 2, 0, 3),
-        key=key.unflatten(1, (groups, -1)).permute(1, 0, 2),
-        query_bias=_per_head(query_bias, groups, per_group, -1),
-        key_bias=_per_head(key_bias, groups, -1),
+        query=query[0].unflatten(1, (groups, per_group)).permute(1, 2, 0, 3),
+        key=key[0].permute(1, 0, 2),
+        query_bias=None if query[1] is None else query[1].unflatten(0, (groups, per_group)),
+        key_bias=key[1],
+        query_norm=_norm_weights(query_norm, groups, per_group),
+        key_norm=_norm_weights(key_norm, groups),
+        rotary=shape.rotary,
+        neighbours=shape.neighbours,
     )
 
 
-def query_key_tensors(qk: QueryKeyWeights, rotary_pairs: torch.Tensor, family: Family) -> dict[str, torch.Tensor]:
-    """Compressed queries and keys, and the pairs they keep, as in the compressed layer's state dict."""
+def _centred(found: Map) -> Map:
+    weight, bias = found
+    return weight - weight.mean(-1, keepdim=True), None if bias is None else bias - bias.mean(-1, keepdim=True)
+
+
+def _norm_weights(norm: Norm | None, *lead: int) -> NormWeights | None:
+    if norm is None:
+        return None
+    weight = norm.weight.unflatten(0, lead)
+    bias = None if norm.bias is None else norm.bias.unflatten(0, lead)
+    return NormWeights(weight, torch.ones_like(weight, dtype=torch.float64), bias, norm.joint)
+
+
+def query_key_tensors(qk: QueryKeyWeights, pairs: torch.Tensor | None, family: Family) -> dict[str, torch.Tensor]:
+    """Compressed queries and keys, and the rotary ``pairs`` they keep, as in the compressed layer's state dict."""
     attention = family.attention
-    return {
+    tensors = {
         **_named(f"{attention}.q_proj", qk.query.permute(0, 1, 3, 2).flatten(0, 2), qk.query_bias),
         **_named(f"{attention}.k_proj", qk.key.permute(0, 2, 1).flatten(0, 1), qk.key_bias),
-        f"{attention}.rotary_pairs": rotary_pairs,
+        **({} if pairs is None else {f"{attention}.rotary_pairs": pairs}),
     }
+    for name, norm in (("q_norm", qk.query_norm), ("k_norm", qk.key_norm)):
+        if norm is not None:
+            parts = {"weight": norm.weight, "energy": norm.energy, "bias": norm.bias}
+            for part, tensor in parts.items():
+                if tensor is not None:
+                    tensors[f"{attention}.{name}.{part}"] = tensor.reshape(-1, tensor.shape[-1])
+    return tensors
 
 
-def read_value_output(layer: nn.Module, family: Family, groups: int, heads: int) -> ValueOutputWeights:
+def read_value_output(layer: nn.Module, family: Family, shape: HeadShape) -> ValueOutputWeights:
     """Copy a stock layer's values and attention output into the common form."""
-    value, value_bias = _linear(layer, f"{family.attention}.{family.value}")
-    output, output_bias = _linear(layer, f"{family.attention}.{family.output}")
-    return ValueOutputWeights(
-        value=value.unflatten(1, (groups, -1)).permute(1, 0, 2),
-        output=output.unflatten(0, (groups, heads // groups, -1)),
-        value_bias=_per_head(value_bias, groups, -1),
-        output_bias=output_bias,
-    )
+    _, _, (value, value_bias) = query_key_value(layer, family, shape)
+    output, output_bias = linear(layer, f"{family.attention}.{family.output}")
+    output = output.double().unflatten(0, (shape.groups, shape.heads // shape.groups, shape.head))
+    bias = None if output_bias is None else output_bias.double()
+    if value_bias is not None:
+        carried = torch.einsum("gh,gnhd->d", value_bias, output)
+        bias = carried if bias is None else bias + carried
+    return ValueOutputWeights(value=value.permute(1, 0, 2), output=output, output_bias=bias)
 
 
 def value_output_tensors(vo: ValueOutputWeights, family: Family) -> dict[str, torch.Tensor]:
     """Compressed values and attention output as in the compressed layer's state dict."""
     attention = family.attention
     return {
-        **_named(f"{attention}.v_proj", vo.value.permute(0, 2, 1).flatten(0, 1), vo.value_bias),
+        **_named(f"{attention}.v_proj", vo.value.permute(0, 2, 1).flatten(0, 1), None),
         **_named(f"{attention}.o_proj", vo.output.flatten(0, 2).T, vo.output_bias),
     }
-
-
-def _linear(layer: nn.Module, path: str, *, double: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W of y = x W + b, and b; in float64 if ``double``."""
-    module: Any = layer.get_submodule(path)
-    weight = module.weight.detach()
-    bias = None if module.bias is None else module.bias.detach()
-    if double:
-        weight, bias = weight.double(), None if bias is None else bias.double()
-    return weight.T, bias
-
-
-def _per_head(bias: torch.Tensor | None, *sizes: int) -> torch.Tensor | None:
-    return None if bias is None else bias.unflatten(0, sizes)
 
 
 def _named(path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -27,7 +27,9 @@ class Solution(Generic[Weights]):
     norm: float
     """Squared Frobenius norm of the dense module's output, for attention summed over its heads."""
     kept: torch.Tensor | None = None
-    """Kept channels (m',) or rotary pairs (G, r) where the method selects; None where it mixes."""
+    """Kept channels, (m',) or of every group (G, d_qk), where the method selects; None where it mixes."""
+    pairs: torch.Tensor | None = None
+    """Their rotary pairs (G, r), see :func:`modegpt.decompositions.couples`; None without rotary embedding."""
 
     @property
     def relative_error(self) -> float:

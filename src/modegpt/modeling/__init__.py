@@ -1,20 +1,31 @@
-"""The compressed model's classes, registered with Transformers' Auto classes on import."""
+"""The compressed model's classes, registered with Transformers' Auto classes on import.
+
+Every file ``modeling_modegpt_<family>.py`` here describes one family; a new one is found by its name.
+"""
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .modeling_inferred import inferred_classes
+from .modeling_modegpt import (
+    COMPRESSED,
+    CompactAttention,
+    Family,
+    LayerSizes,
+    features,
+    has_experts,
+    head_counts,
+    is_joint,
+    layer_sizes,
+    norm_parts,
+    stock_config,
 )
-
-from . import modeling_modegpt_llama
-from .modeling_modegpt import CompactAttention, Family, LayerSizes, layer_sizes, stock_config
 
 __all__ = [
     "FAMILIES",
@@ -22,20 +33,34 @@ __all__ = [
     "CompressedFamily",
     "Family",
     "LayerSizes",
+    "features",
+    "has_experts",
+    "head_counts",
+    "is_compressed",
+    "is_joint",
     "layer_sizes",
+    "norm_parts",
+    "recognise",
+    "register",
     "stock_config",
 ]
 
 
 @dataclass(frozen=True)
 class CompressedFamily:
-    """A family's description with its stock class and the classes of its compressed form."""
+    """A family's description with the classes of its compressed form."""
 
     description: Family
-    stock: type[PreTrainedModel]
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
+    inferred: bool = False
+    """Whether nobody wrote the description."""
+
+    @property
+    def stock(self) -> type[PreTrainedModel]:
+        """The dense causal language model."""
+        return self.description.causal_lm
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -49,17 +74,38 @@ class CompressedFamily:
 
 
 #: Stock ``model_type`` -> its compressed family.
-FAMILIES: dict[str, CompressedFamily] = {
-    "llama": CompressedFamily(
-        modeling_modegpt_llama.FAMILY,
-        LlamaForCausalLM,
-        modeling_modegpt_llama.ModeGPTLlamaConfig,
-        modeling_modegpt_llama.ModeGPTLlamaModel,
-        modeling_modegpt_llama.ModeGPTLlamaForCausalLM,
-    ),
-}
+FAMILIES: dict[str, CompressedFamily] = {}
 
-for _family in FAMILIES.values():
-    AutoConfig.register(_family.config.model_type, _family.config, exist_ok=True)
-    AutoModel.register(_family.config, _family.model, exist_ok=True)
-    AutoModelForCausalLM.register(_family.config, _family.causal_lm, exist_ok=True)
+
+def register(
+    description: Family, config: Any, model: Any, causal_lm: Any, *, inferred: bool = False
+) -> CompressedFamily:
+    """Make a compressed family known here and to Transformers' Auto classes."""
+    _register_classes(config, model, causal_lm)
+    family = FAMILIES[description.model_type] = CompressedFamily(description, config, model, causal_lm, inferred)
+    return family
+
+
+def is_compressed(model_type: object) -> bool:
+    """Whether a ``model_type`` is that of a compressed model."""
+    return isinstance(model_type, str) and model_type.startswith(COMPRESSED)
+
+
+def recognise(model_type: object) -> None:
+    """Have Transformers' Auto classes know a compressed ``model_type`` whose family was inferred."""
+    if isinstance(model_type, str) and is_compressed(model_type) and model_type not in CONFIG_MAPPING:
+        stock = model_type.removeprefix(COMPRESSED)
+        if stock in CONFIG_MAPPING:
+            _register_classes(*inferred_classes(CONFIG_MAPPING[stock]))
+
+
+def _register_classes(config: Any, model: Any, causal_lm: Any) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+
+
+for _found in pkgutil.iter_modules(__path__):
+    if _found.name.startswith("modeling_modegpt_"):
+        _module = import_module(f"{__name__}.{_found.name}")
+        register(_module.FAMILY, *_module.CLASSES)

@@ -7,14 +7,17 @@ thinner, and attention learns that queries and keys may be narrower than, or as 
 
 Notation for shapes
     B batch, T query length, S key length, d hidden size, H query heads, G key-value heads,
-    h original head size, r kept rotary pairs, d_qk = 2r, d_v value head size.
+    h original head size, r kept rotary pairs, d_qk query and key head size (2r with rotary), d_v value head size.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
-from typing import Any
+import sys
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -22,34 +25,106 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.pytorch_utils import Conv1D
 
+#: What the ``model_type`` of a compressed model begins with.
+COMPRESSED = "modegpt_"
 #: Attention kernels that take keys and values of different head size as they are.
 _ANY_HEAD_SIZE = frozenset({"eager", "flex_attention"})
 
 
+def _after_attention(config: Any) -> str | None:
+    return "post_attention_layernorm"
+
+
 @dataclass(frozen=True)
 class Family:
-    """Where a family of decoders keeps the parts that are compressed.
+    """A family of decoders: where it keeps the parts that are compressed, and what is special about them.
 
-    Paths are relative to one decoder layer, except ``layers``, which is relative to the base model.
+    Paths are relative to one decoder layer, except ``layers``, which is relative to the base model, and the names
+    of maps and norms inside the attention module. The defaults are those of Llama.
     """
 
+    #: The stock causal language model and its base model.
+    causal_lm: type[PreTrainedModel]
+    base: type[PreTrainedModel]
+    #: Models that belong to it, and what is special about it, for people.
+    covers: str = ""
+    special: str = ""
     layers: str = "layers"
     attention: str = "self_attn"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
-    #: The maps into the intermediate space; several of them (gate and up) share one selection.
+    #: One map for query, key and value, in place of the first three; its outputs are in three blocks or, by group,
+    #: the queries, the key and the value of one key-value head after the other.
+    fused: str | None = None
+    fused_by_group: bool = False
+    #: Norms of query and key between projection and rotary embedding; RMS norms, or layer norms (``centred``).
+    query_norm: str | None = None
+    key_norm: str | None = None
+    norm_centred: bool = False
+    #: The weight of these norms is that much more than the stored one.
+    norm_offset: float = 0.0
+    #: Which two channels the rotary embedding turns into each other: i and i + half of all it turns, or 2i and 2i + 1.
+    rotary: Literal["halves", "neighbours"] | None = "halves"
+    #: Which two columns of the cosine and sine tables have the same angle.
+    angles: Literal["halves", "neighbours"] = "halves"
+    #: Attributes of the config: the soft cap of attention logits, the dropouts of attention weights and, inside the
+    #: attention module, of its output, and the MLP's width.
+    softcap: str | None = None
+    dropout: str = "attention_dropout"
+    output_dropout: str | None = None
+    intermediate_size: str = "intermediate_size"
+    #: The maps into the intermediate space, which share one selection; one map can hold both gate and up.
     mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_output: str = "mlp.down_proj"
-    #: The module whose input is the residual stream between attention and MLP.
-    middle: str = "post_attention_layernorm"
+    #: The module that holds all experts' weights, in layers that have them in place of the MLP.
+    experts: str | None = None
+    #: The module whose input is the residual stream between attention and MLP; None where the two are parallel.
+    middle: Callable[[Any], str | None] = _after_attention
+    #: Ends of tensors' names, and what checkpoints have there: pieces are concatenated, experts ("*") stacked.
+    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Values of the config without which a model is not supported.
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def attention_maps(self) -> tuple[str, str, str, str]:
-        """The names of the four linear maps inside the attention module."""
-        return self.query, self.key, self.value, self.output
+    def model_type(self) -> str:
+        """The stock ``model_type``."""
+        return str(self.causal_lm.config_class.model_type)  # type: ignore[union-attr]
+
+    def differences(self) -> dict[str, Any]:
+        """The fields that the compressed model goes by and that differ from Llama's, fit for JSON."""
+        plain = Family(self.causal_lm, self.base)
+        return {name: value for name in _RUNTIME if (value := getattr(self, name)) != getattr(plain, name)}
+
+    @property
+    def input_maps(self) -> tuple[str, ...]:
+        """The names of the linear maps into the attention module: query, key and value, or one for all."""
+        return (self.query, self.key, self.value) if self.fused is None else (self.fused,)
+
+    @property
+    def norms(self) -> tuple[str | None, str | None]:
+        """The names of the norms of query and key."""
+        return self.query_norm, self.key_norm
+
+
+_DENSE_ONLY = {"causal_lm", "base", "covers", "special", "middle", "stored_as", "requires"}
+_RUNTIME = tuple(one.name for one in fields(Family) if one.name not in _DENSE_ONLY)
+
+
+def described(family: Family, differences: Mapping[str, Any]) -> Family:
+    """The description with these :meth:`Family.differences` from Llama's, as they come from JSON."""
+    values = {name: differences[name] for name in _RUNTIME if name in differences}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Family(family.causal_lm, family.base, **values)
+
+
+def head_counts(config: Any) -> tuple[int, int]:
+    """H query heads and G key-value heads."""
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
 
 
 @dataclass(frozen=True)
@@ -57,6 +132,7 @@ class LayerSizes:
     """The widths of one compressed decoder layer, as ``config.json`` keeps them per layer."""
 
     intermediate_size: int
+    """Of the MLP, or of each expert."""
     qk_head_dim: int
     v_head_dim: int
 
@@ -76,29 +152,18 @@ class LayerSizes:
 
 
 def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
-    """Read and check the widths of every layer of a compressed model's ``config``.
+    """Read the widths of every layer of a compressed model's ``config``.
 
-    Raises ``ValueError`` naming the layer and field when a width is missing, not a positive integer,
-    or larger than the dense model's.
+    Raises ``ValueError`` naming the layer and field when a width is missing or not a positive integer.
     """
-    dense = stock_config(config)
-    limits = {
-        "intermediate_size": dense.intermediate_size,
-        "qk_head_dim": dense.head_dim,
-        "v_head_dim": dense.head_dim,
-    }
     sizes = []
     for index, layer in enumerate(config.per_layer_config):
         values: dict[str, int] = {}
-        for name, limit in limits.items():
+        for name in ("intermediate_size", "qk_head_dim", "v_head_dim"):
             value = getattr(layer, name, None)
-            if type(value) is not int or not 0 < value <= limit:
-                raise ValueError(
-                    f"per_layer_config[{index}].{name} is {value!r}; expected an integer from 1 to {limit}"
-                )
+            if type(value) is not int or value < 1:
+                raise ValueError(f"per_layer_config[{index}].{name} is {value!r}; expected a positive integer")
             values[name] = value
-        if values["qk_head_dim"] % 2:
-            raise ValueError(f"per_layer_config[{index}].qk_head_dim must be even: rotary channels go in pairs")
         sizes.append(LayerSizes(**values))
     return sizes
 
@@ -114,15 +179,64 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return dense
 
 
+class CompactNorm(nn.Module):
+    """x_i / sqrt(sum_j e_j x_j^2 / n + eps) w_i + b_i: a norm of ``n`` channels of which only some are there.
+
+    ``energy`` e says for how many of the n channels each one that is there stands; all ones where none is missing.
+    Sums go over one head's channels or, if ``joint``, over all heads'. A layer norm is one of centred channels,
+    and the maps before it do the centring.
+    """
+
+    def __init__(self, heads: int, channels: int, like: Any, full: int, offset: float) -> None:
+        """For (..., ``heads``, ``channels``) in place of the stock norm ``like`` over ``full`` channels of a head."""
+        super().__init__()
+        parts = norm_parts(like)
+        first = parts[0]
+        self.offset = offset
+        self.eps = float(getattr(first, "variance_epsilon", None) or first.eps)
+        self.joint = is_joint(like, heads, full)
+        self.full = heads * full if self.joint else full
+        shape, options = (heads, channels), {"device": first.weight.device, "dtype": first.weight.dtype}
+        self.weight = nn.Parameter(torch.empty(shape, **options))
+        self.energy = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if getattr(first, "bias", None) is not None:
+            self.bias = nn.Parameter(torch.empty(shape, **options))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, heads, channels) to the same shape, computed in float32."""
+        values = x.float()
+        total = (values.square() * self.energy.float()).sum((-2, -1) if self.joint else -1, keepdim=True)
+        values = values * torch.rsqrt(total / self.full + self.eps) * (self.weight.float() + self.offset)
+        return (values if self.bias is None else values + self.bias.float()).to(x.dtype)
+
+    def reset(self) -> None:
+        """The state of a fresh norm."""
+        init.constant_(self.weight, 1 - self.offset)
+        init.ones_(self.energy)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
+def norm_parts(norm: Any) -> list[Any]:
+    """The norms that a stock query or key norm consists of: itself, or one for each head."""
+    return list(norm.norms) if hasattr(norm, "norms") else [norm]
+
+
+def is_joint(norm: Any, heads: int, head_dim: int) -> bool:
+    """Whether a stock query or key norm takes the mean square of all heads' channels together."""
+    return bool(norm_parts(norm)[0].weight.shape == (heads * head_dim,)) and heads > 1
+
+
 class CompactAttention(nn.Module):
     """Attention with ``d_qk``-wide queries and keys and ``d_v``-wide values.
 
-    softmax(rho(x W_q) rho(x W_k)^T / sqrt(h)) x W_v W_o, per head. ``rho`` rotates the kept pairs of
-    the original rotary embedding (``rotary_pairs``, one list per key-value head), and ``1 / sqrt(h)``
-    stays that of the original head size ``h``.
+    softmax(rho(x W_q) rho(x W_k)^T / sqrt(h)) x W_v W_o, per head. ``rho`` is the family's query and key norm, if
+    it has one, and its rotary embedding of the kept pairs (``rotary_pairs``, one list per key-value head). The
+    scale stays that of the original head size h.
     """
 
-    #: Used when the attention implementation is "eager"; a family with its own overrides it.
+    #: Used when the attention implementation is "eager"; a family's own where it has one.
     eager_attention = staticmethod(eager_attention_forward)
 
     def __init__(self, dense: Any, config: PreTrainedConfig, family: Family, sizes: LayerSizes) -> None:
@@ -133,37 +247,58 @@ class CompactAttention(nn.Module):
         self.layer_idx: int = dense.layer_idx
         self.is_causal: bool = dense.is_causal
         self.scaling: float = dense.scaling
-        self.attention_dropout: float = dense.attention_dropout
-        self.num_key_value_groups: int = dense.num_key_value_groups
+        own = getattr(dense, "attention_dropout", None)
+        self.attention_dropout: float = getattr(config, family.dropout) if own is None else own
+        self.sliding_window: int | None = getattr(dense, "sliding_window", getattr(config, "sliding_window", None))
+        self.softcap: float | None = getattr(config, family.softcap) if family.softcap else None
+        self.output_dropout: float = getattr(config, family.output_dropout) if family.output_dropout else 0.0
         self.qk_head_dim, self.v_head_dim, self.head_dim = sizes.qk_head_dim, sizes.v_head_dim, sizes.head_dim
 
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        query, key, value, output = (getattr(dense, name) for name in family.attention_maps)
-        self.q_proj = _linear_like(query, out_features=heads * self.qk_head_dim)
-        self.k_proj = _linear_like(key, out_features=groups * self.qk_head_dim)
-        self.v_proj = _linear_like(value, out_features=groups * self.v_head_dim)
-        self.o_proj = _linear_like(output, in_features=heads * self.v_head_dim)
-        self.rotary_pairs: torch.Tensor
+        heads, groups = head_counts(config)
+        self.num_key_value_groups = heads // groups
+        maps = [getattr(dense, name) for name in family.input_maps]
+        query, key, value, output = maps[0], maps[len(maps) // 2], maps[-1], getattr(dense, family.output)
+        self.rope_head_dim = features(output)[0] // heads
+        biased = output.bias is not None or value.bias is not None  # a value bias goes through to the output
+        hidden = features(query)[0]
+        self.q_proj = _linear(query, hidden, heads * self.qk_head_dim, bias=query.bias is not None)
+        self.k_proj = _linear(key, hidden, groups * self.qk_head_dim, bias=key.bias is not None)
+        self.v_proj = _linear(value, hidden, groups * self.v_head_dim, bias=False)
+        self.o_proj = _linear(output, heads * self.v_head_dim, features(output)[1], bias=biased)
+        norms = (getattr(dense, name, None) if name else None for name in family.norms)
+        self.q_norm, self.k_norm = (
+            norm if norm is None else CompactNorm(count, self.qk_head_dim, norm, self.rope_head_dim, family.norm_offset)
+            for norm, count in zip(norms, (heads, groups), strict=True)
+        )
+        self.angles = family.angles
+        self.rotary_pairs: torch.Tensor | None
         # Integers survive a cast of the model to bfloat16; frequencies would not.
-        self.register_buffer("rotary_pairs", _first_pairs(groups, self.qk_head_dim // 2, self.q_proj.weight.device))
+        pairs = _first_pairs(groups, self.qk_head_dim // 2, self.q_proj.weight.device)
+        self.register_buffer("rotary_pairs", None if family.rotary is None else pairs)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, d) to (B, T, d), and the attention weights (B, H, T, S) where the implementation returns them."""
         shape = hidden_states.shape[:-1]  # (B, T)
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)  # (B, H, T, d_qk)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)  # (B, G, T, d_qk)
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        query, key = (x if norm is None else norm(x) for x, norm in ((query, self.q_norm), (key, self.k_norm)))
+        query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, d_qk), (B, G, T, d_qk)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)  # (B, G, T, d_v)
 
-        query, key = self._rotate(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.rotary_pairs is not None:
+            assert position_embeddings is not None
+            query, key = self._rotate(query, key, self.rotary_pairs, *position_embeddings)
+        keys_and_values = past_key_values if layer_past is None else layer_past
+        if keys_and_values is not None:
+            key, value = keys_and_values.update(key, value, self.layer_idx)
         if self._needs_one_head_size(query.shape[2]):
             query, key, value = (nn.functional.pad(x, (0, self.head_dim - x.shape[-1])) for x in (query, key, value))
 
@@ -176,20 +311,29 @@ class CompactAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            softcap=self.softcap,
             **kwargs,
         )
         output = output.reshape(*shape, query.shape[1], -1)[..., : self.v_head_dim]  # (B, T, H, d_v)
-        return self.o_proj(output.flatten(-2)), weights
+        output = self.o_proj(output.flatten(-2))
+        return nn.functional.dropout(output, self.output_dropout, self.training), weights
 
     def _rotate(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, kept: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate the kept pairs. ``cos`` and ``sin`` are (B or 1, T, h) and repeat their first half."""
-        groups, pairs = self.rotary_pairs.shape
+        """Rotate the pairs ``kept`` (G, r). ``cos`` and ``sin`` are (B or 1, T, channels that rotate).
+
+        They have each angle twice. Pairs of channels that do not rotate have the index after the last angle.
+        """
+        groups, pairs = kept.shape
         angles = []
-        for table in (cos, sin):
-            kept = table.index_select(-1, self.rotary_pairs.flatten()).unflatten(-1, (groups, pairs))
-            angles.append(kept.transpose(1, 2))  # (B or 1, G, T, r)
+        for table, still in ((cos, 1.0), (sin, 0.0)):
+            once = table[..., ::2] if self.angles == "neighbours" else table[..., : table.shape[-1] // 2]
+            if table.shape[-1] < self.rope_head_dim:
+                once = nn.functional.pad(once, (0, 1), value=still)
+            chosen = once.index_select(-1, kept.flatten()).unflatten(-1, (groups, pairs))
+            angles.append(chosen.transpose(1, 2))  # (B or 1, G, T, r)
         query = query.unflatten(1, (groups, -1))  # (B, G, H / G, T, d_qk)
         query = _rotate_pairs(query, *(angle.unsqueeze(2) for angle in angles)).flatten(1, 2)
         return query, _rotate_pairs(key, *angles)
@@ -202,6 +346,13 @@ class CompactAttention(nn.Module):
         return implementation not in _ANY_HEAD_SIZE and not (implementation == "sdpa" and query_length == 1)
 
 
+@cache
+def _attention_class(stock: Any) -> Any:
+    """Compressed attention that Transformers still recognises as the family's."""
+    eager = getattr(sys.modules[stock.__module__], "eager_attention_forward", eager_attention_forward)
+    return type(f"ModeGPT{stock.__name__}", (CompactAttention, stock), {"eager_attention": staticmethod(eager)})
+
+
 def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the halves of the last axis holding the pairs' two channels."""
     first, second = x.chunk(2, dim=-1)
@@ -212,29 +363,71 @@ def _first_pairs(groups: int, pairs: int, device: torch.device) -> torch.Tensor:
     return torch.arange(pairs, device=device).repeat(groups, 1)
 
 
-def _linear_like(linear: nn.Linear, *, in_features: int | None = None, out_features: int | None = None) -> nn.Linear:
-    """An uninitialised linear map like ``linear``, of another width."""
-    return nn.Linear(
-        linear.in_features if in_features is None else in_features,
-        linear.out_features if out_features is None else out_features,
-        bias=linear.bias is not None,
-        device=linear.weight.device,
-        dtype=linear.weight.dtype,
-    )
+def features(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear map."""
+    if isinstance(linear, Conv1D):
+        inputs, outputs = linear.weight.shape
+        return inputs, outputs
+    return linear.in_features, linear.out_features
 
 
-def shrink(
-    base: PreTrainedModel, config: PreTrainedConfig, family: Family, attention_class: type[CompactAttention]
-) -> None:
-    """Replace the modules of a stock base model by ones of the widths ``config`` gives for each layer."""
+def _linear(like: Any, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    """An uninitialised linear map."""
+    return nn.Linear(inputs, outputs, bias=bias, device=like.weight.device, dtype=like.weight.dtype)
+
+
+def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> None:
+    """Replace the modules of a stock base model by ones of the widths ``config`` gives for each layer.
+
+    Raises ``ValueError`` naming the layer and field when a width is larger than the dense model's.
+    """
     layers: Any = base.get_submodule(family.layers)
-    for layer, sizes in zip(layers, layer_sizes(config), strict=True):
-        attention = attention_class(layer.get_submodule(family.attention), config, family, sizes)
-        layer.set_submodule(family.attention, attention)
-        for path in family.mlp_inputs:
-            layer.set_submodule(path, _linear_like(layer.get_submodule(path), out_features=sizes.intermediate_size))
-        output = _linear_like(layer.get_submodule(family.mlp_output), in_features=sizes.intermediate_size)
-        layer.set_submodule(family.mlp_output, output)
+    for index, (layer, sizes) in enumerate(zip(layers, layer_sizes(config), strict=True)):
+        stock: Any = layer.get_submodule(family.attention)
+        full = features(getattr(stock, family.output))[0] // config.num_attention_heads
+        for name, limit in (
+            ("intermediate_size", _intermediate_size(layer, family)),
+            ("qk_head_dim", full),
+            ("v_head_dim", full),
+        ):
+            if getattr(sizes, name) > limit:
+                raise ValueError(f"per_layer_config[{index}].{name} is {getattr(sizes, name)}; it is at most {limit}")
+        if family.rotary and sizes.qk_head_dim % 2:
+            raise ValueError(f"per_layer_config[{index}].qk_head_dim must be even: rotary channels go in pairs")
+        attention_class = _attention_class(cast(Hashable, type(stock)))
+        layer.set_submodule(family.attention, attention_class(stock, config, family, sizes))
+        _shrink_mlp(layer, family, sizes.intermediate_size)
+
+
+def has_experts(layer: Any, family: Family) -> bool:
+    """Whether a layer has experts in place of its MLP."""
+    if family.experts is None:
+        return False
+    owner, _, leaf = family.experts.rpartition(".")
+    return hasattr(layer.get_submodule(owner), leaf)
+
+
+def _intermediate_size(layer: Any, family: Family) -> int:
+    if has_experts(layer, family):
+        return int(layer.get_submodule(family.experts).down_proj.shape[-1])
+    return features(layer.get_submodule(family.mlp_output))[0]
+
+
+def _shrink_mlp(layer: Any, family: Family, width: int) -> None:
+    full = _intermediate_size(layer, family)
+    if has_experts(layer, family):
+        experts = layer.get_submodule(family.experts)
+        count, _, hidden = experts.gate_up_proj.shape
+        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.new_empty(count, 2 * width, hidden))
+        experts.down_proj = nn.Parameter(experts.down_proj.new_empty(count, hidden, width))
+        experts.intermediate_dim = width
+        return
+    for path in family.mlp_inputs:
+        linear = layer.get_submodule(path)
+        inputs, outputs = features(linear)
+        layer.set_submodule(path, _linear(linear, inputs, outputs // full * width, bias=linear.bias is not None))
+    linear = layer.get_submodule(family.mlp_output)
+    layer.set_submodule(family.mlp_output, _linear(linear, width, features(linear)[1], bias=linear.bias is not None))
 
 
 class CompactModel:
@@ -246,19 +439,50 @@ class CompactModel:
     """
 
     family: Family
-    attention_class: type[CompactAttention]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         dense = stock_config(config)
         super().__init__(dense)  # type: ignore[call-arg]
-        config._attn_implementation_internal = dense._attn_implementation_internal
-        models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]  # type: ignore[attr-defined]
-        for model in models:
-            model.config = config
-        shrink(models[-1], config, self.family, self.attention_class)
+        for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+            setattr(config, name, getattr(dense, name, None))
+        for model in self.modules():  # type: ignore[attr-defined]
+            if isinstance(model, PreTrainedModel):
+                model.config = config
+        shrink(self.base_model, config, self.family_of(config))  # type: ignore[attr-defined]
+
+    @classmethod
+    def family_of(cls, config: Any) -> Family:
+        """The description that ``config`` goes by."""
+        return cls.family
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, CompactAttention):
+        if isinstance(module, CompactNorm):
+            module.reset()
+        if isinstance(module, CompactAttention) and module.rotary_pairs is not None:
             groups, pairs = module.rotary_pairs.shape
             init.copy_(module.rotary_pairs, _first_pairs(groups, pairs, module.rotary_pairs.device))
+
+
+def compressed_classes(family: Family, module: str, *, by_config: bool = False) -> tuple[Any, Any, Any]:
+    """The config, base model and causal language model of a family's compressed form, as classes of ``module``.
+
+    ``save_pretrained`` copies the file of that module and this one beside the weights. If ``by_config``, configs
+    have the description in ``compressed_family``.
+    """
+    values: dict[str, Any] = {"family": family}
+    if by_config:
+        values["family_of"] = classmethod(lambda _, config: described(family, config.compressed_family))
+
+    def derived(stock: type, *mixins: type, **values: Any) -> Any:
+        return type(f"ModeGPT{stock.__name__}", (*mixins, stock), {"__module__": module, **values})
+
+    stock_config_class: Any = family.causal_lm.config_class
+    config = derived(stock_config_class, model_type=COMPRESSED + family.model_type)
+    base, causal_lm = (
+        derived(stock, CompactModel, config_class=config, **values) for stock in (family.base, family.causal_lm)
+    )
+    config.register_for_auto_class()
+    base.register_for_auto_class("AutoModel")
+    causal_lm.register_for_auto_class("AutoModelForCausalLM")
+    return config, base, causal_lm

@@ -1,0 +1,14 @@
+"""Mistral."""
+
+from transformers import MistralForCausalLM, MistralModel
+
+from .modeling_modegpt import Family, compressed_classes
+
+FAMILY = Family(
+    MistralForCausalLM,
+    MistralModel,
+    covers="Mistral, Mistral-Nemo",
+    special="sliding window",
+)
+
+CLASSES = ModeGPTMistralConfig, ModeGPTMistralModel, ModeGPTMistralForCausalLM = compressed_classes(FAMILY, __name__)

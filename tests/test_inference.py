@@ -1,0 +1,144 @@
+"""Families that nobody described: taken for known only where their code is a described one's, else refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+
+import modegpt
+from helpers import run_cli, tiny_tokenizer
+from modegpt.families import check_family
+from modegpt.inference import infer_family
+from modegpt.modeling import FAMILIES
+
+INFERRED = {
+    "glm": {"rotary": "neighbours", "mlp_inputs": ("mlp.gate_up_proj",)},
+    "helium": {"rotary": "neighbours"},
+    "ernie4_5": {"rotary": "neighbours"},
+    "cwm": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_what_is_inferred() -> Iterator[None]:
+    """No test depends on what another one has inferred."""
+    yield
+    for name in [name for name, family in FAMILIES.items() if family.inferred]:
+        del FAMILIES[name]
+
+
+def tiny_config(model_type: str, vocabulary: int = 128) -> PreTrainedConfig:
+    """A config of two layers, four heads and two groups."""
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "pad_token_id": None,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return AutoConfig.for_model(model_type, **sizes)
+
+
+@pytest.mark.parametrize("model_type", INFERRED)
+def test_a_family_written_like_described_ones_is_put_together_from_them(model_type: str) -> None:
+    family = infer_family(AutoConfig.for_model(model_type))  # at its default, full sizes
+    assert family is not None
+    assert family.inferred
+    assert family.description.differences() == INFERRED[model_type]
+    assert FAMILIES[model_type] is family
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "gptj", "olmo", "qwen2_moe", "bloom", "mamba", "granitemoe"])
+def test_what_is_written_otherwise_is_refused_with_what_would_work(model_type: str) -> None:
+    """OLMo differs from Llama by a clamp of queries, keys and values that its config may never use."""
+    with pytest.raises(modegpt.InvalidRequest, match=rf"'{model_type}' is not supported.*llama.*docs/families.md"):
+        check_family(AutoConfig.for_model(model_type))
+    assert model_type not in FAMILIES
+
+
+def test_code_that_differs_in_one_line_is_not_taken_for_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.helium import modeling_helium
+
+    mlp = modeling_helium.HeliumMLP
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)).clamp(-1e9, 1e9)
+        return down_proj
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    assert infer_family(tiny_config("helium")) is None
+    assert "helium" not in FAMILIES
+
+
+def test_a_config_from_elsewhere_is_not_inferred() -> None:
+    class OtherConfig(PreTrainedConfig):
+        model_type = "other"
+
+    assert infer_family(OtherConfig()) is None
+
+
+@pytest.mark.parametrize("model_type", INFERRED)
+def test_checkpoints_of_inferred_families_load_in_other_processes(
+    model_type: str, tmp_path: Path, text_file: Path
+) -> None:
+    tokenizer = tiny_tokenizer(text_file.read_text())
+    config = tiny_config(model_type, len(tokenizer))
+    torch.manual_seed(0)
+    dense, output = tmp_path / "dense", tmp_path / "small"
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    options = ("--calibration", text_file, "--samples", 8, "--sequence-length", 32, "--quiet")
+    outcome = run_cli("compress", dense, "--ratio", 0.3, "--output", output, *options)
+    assert outcome.code == 0, outcome.err
+
+    ids = torch.arange(20)[None] % len(tokenizer)
+    with torch.no_grad():
+        expected = modegpt.load(output)(ids).logits
+    torch.save(expected, tmp_path / "expected.pt")
+    script = """
+import sys, torch
+{}
+ids = torch.arange(20)[None] % model.config.vocab_size
+with torch.no_grad():
+    torch.testing.assert_close(model.eval()(ids).logits, torch.load(sys.argv[2], weights_only=True))
+"""
+    ours = "import modegpt; model = modegpt.load(sys.argv[1])"
+    theirs = (
+        "sys.modules['modegpt'] = None; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)"
+    )
+    for loading in (ours, theirs):
+        subprocess.run(
+            [sys.executable, "-c", script.format(loading), str(output), str(tmp_path / "expected.pt")], check=True
+        )
+
+
+def test_a_checkpoint_with_a_made_up_description_is_refused(tmp_path: Path, text_file: Path) -> None:
+    """What ``compressed_family`` says is data from outside: it can name only what the stock model has."""
+    tokenizer = tiny_tokenizer(text_file.read_text())
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config("helium", len(tokenizer)))
+    small = modegpt.compress(model, tokenizer, ratio=0.3, calibration=str(text_file), samples=8, sequence_length=32)
+    modegpt.save(small, tmp_path / "small", tokenizer=tokenizer)
+    file = tmp_path / "small" / "config.json"
+    text = file.read_text()
+    assert '"rotary": "neighbours"' in text
+    for other in ('"attention": "nowhere"', '"mlp_output": 7', '"layers": "norm"'):
+        file.write_text(text.replace('"rotary": "neighbours"', other))
+        with pytest.raises(modegpt.CheckpointError):
+            modegpt.load(tmp_path / "small")
