@@ -66,6 +66,14 @@ LARGE_SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
     },
+    "smollm-135m with biases": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "attention_bias": True,
+    },
 }
 
 
@@ -96,7 +104,7 @@ def ideal_parameters(layers: Sequence[LayerGeometry], sparsity: Sequence[Mapping
         for layer, shares in zip(layers, sparsity, strict=True)
         for module, share in shares.items()
     ]
-    return sum(layer.parameters for layer in layers) - math.fsum(removed)
+    return sum(layer.parameters + layer.extra for layer in layers) - math.fsum(removed)
 
 
 def half_step(layer: LayerGeometry, modules: Sequence[Module], align: int) -> float:
@@ -123,7 +131,10 @@ def test_geometry_counts_the_parameters_of_the_built_model(variant: str) -> None
         "qk": head_dim // 2,
         "vo": head_dim,
     }
-    assert block_parameters(compressed(model, full_ranks(geometry))) == block_parameters(model)
+    # Llama's attention has biases in all maps or in none: the output's takes up the values'.
+    gone = model.config.num_key_value_heads * head_dim if model.config.attention_bias else 0
+    assert [layer.extra for layer in geometry] == [-gone] * len(geometry)
+    assert block_parameters(compressed(model, full_ranks(geometry))) == block_parameters(model) - len(geometry) * gone
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -132,9 +143,10 @@ def test_a_unit_counts_the_parameters_it_removes_from_the_built_model(variant: s
     model = tiny_llama(**TINY_VARIANTS[variant])
     geometry = model_geometry(model)
     ranks = full_ranks(geometry)
+    whole = block_parameters(compressed(model, ranks))
     part = geometry[1].modules[module]
     ranks[1] = LayerRanks(**{name: getattr(ranks[1], name) - (name == module) for name in MODULES})
-    assert block_parameters(model) - block_parameters(compressed(model, ranks)) == part.unit_parameters
+    assert whole - block_parameters(compressed(model, ranks)) == part.unit_parameters
 
 
 def test_geometry_of_a_llama_layer_is_known() -> None:
@@ -248,9 +260,34 @@ def test_modules_not_named_and_modules_losing_nothing_stay_whole(modules: tuple[
     assert ranks_from_sparsity(layers, [dict.fromkeys(modules, 0.0) for _ in layers], align=1) == full_ranks(layers)
 
 
+def test_steps_as_large_as_another_module_are_spread_over_the_layers() -> None:
+    """Experts go in steps of eight channels: attention keeps close to its share instead of making up for them."""
+    experts = ModuleGeometry(64, 1500, multiple=8)
+    layer = LayerGeometry({"mlp": experts, "qk": ModuleGeometry(32, 300, 2), "vo": ModuleGeometry(128, 100)}, 118400)
+    for ratio in (0.1, 0.15, 0.3, 0.45):
+        average = average_sparsity([layer] * 24, MODULES, ratio)
+        ranks = ranks_from_sparsity([layer] * 24, [dict.fromkeys(MODULES, average)] * 24, align=1)
+        assert {rank.mlp % 8 for rank in ranks} == {0}
+        assert max(abs(rank.vo - (1 - average) * 128) for rank in ranks) < 0.1 * 128
+        assert max(abs(rank.mlp - (1 - average) * 64) for rank in ranks) < 12
+        assert kept_parameters([layer] * 24, ranks) == pytest.approx((1 - ratio) * 24 * layer.parameters, abs=100)
+
+
+def test_the_total_is_met_where_the_finest_module_has_no_room_left() -> None:
+    layer = LayerGeometry(
+        {"mlp": ModuleGeometry(48, 400, multiple=8), "qk": ModuleGeometry(4, 100, 2), "vo": ModuleGeometry(8, 50)},
+        20000,
+    )
+    for share in (0.02, 0.1, 0.3, 0.8):
+        sparsity: list[dict[Module, float]] = [{"mlp": share, "qk": 0.01, "vo": 0.01}] * 2
+        ranks = ranks_from_sparsity([layer] * 2, sparsity, align=1)
+        ideal = 2 * (20000 - share * 48 * 400 - 0.01 * 800)
+        assert abs(kept_parameters([layer] * 2, ranks) - ideal) < 8 * 400 / 2
+
+
 def test_what_the_finest_module_cannot_take_goes_to_the_next_layer() -> None:
     layer = LayerGeometry(
-        {"mlp": ModuleGeometry(100, 3), "qk": ModuleGeometry(4, 30, 2), "vo": ModuleGeometry(8, 15)}, 600
+        {"mlp": ModuleGeometry(300, 3), "qk": ModuleGeometry(4, 30, 2), "vo": ModuleGeometry(8, 15)}, 1200
     )
     # Layer 0: 2.6 pairs become 3, 12 parameters too many: the MLP gives 4 channels.
     # Layer 1: 2.4 pairs become 2, 12 parameters too few, for which a whole MLP has no room: layer 2 takes them.
@@ -260,9 +297,9 @@ def test_what_the_finest_module_cannot_take_goes_to_the_next_layer() -> None:
         {"mlp": 0.5, "qk": 0.0, "vo": 0.0},
     ]
     assert ranks_from_sparsity([layer] * 3, sparsity, align=1) == [
-        LayerRanks(mlp=96, qk=3, vo=8),
-        LayerRanks(mlp=100, qk=2, vo=8),
-        LayerRanks(mlp=54, qk=4, vo=8),
+        LayerRanks(mlp=296, qk=3, vo=8),
+        LayerRanks(mlp=300, qk=2, vo=8),
+        LayerRanks(mlp=154, qk=4, vo=8),
     ]
 
 
@@ -302,8 +339,10 @@ def test_unreachable_ratio_is_refused_with_a_maximum_that_works(shape: str, modu
 
 
 def test_ranks_become_layer_widths() -> None:
-    sizes = LayerRanks(mlp=30, qk=3, vo=5).sizes()
-    assert (sizes.intermediate_size, sizes.qk_head_dim, sizes.v_head_dim) == (30, 6, 5)
+    rank, modules = LayerRanks(mlp=30, qk=3, vo=5), {"mlp": ModuleGeometry(48, 1), "vo": ModuleGeometry(8, 1)}
+    for channels in (1, 2):  # of a query-key unit: without and with rotary embedding
+        sizes = LayerGeometry(modules | {"qk": ModuleGeometry(4, 1, channels)}, 600).sizes(rank)
+        assert (sizes.intermediate_size, sizes.qk_head_dim, sizes.v_head_dim) == (30, 3 * channels, 5)
 
 
 @pytest.mark.parametrize(

@@ -316,11 +316,11 @@ def test_the_kept_indices_are_those_in_the_weights(run: Run, tiny_checkpoint: Pa
         assert kept == sorted(set(kept))
         gate = prefix + "mlp.gate_proj.weight"
         assert torch.equal(tensors[gate], dense[gate][kept])
-        pairs = modules["qk"]["kept"]
-        assert pairs == tensors[prefix + "self_attn.rotary_pairs"].tolist()
+        channels = torch.tensor(modules["qk"]["kept"])
+        pairs = tensors[prefix + "self_attn.rotary_pairs"]
+        assert torch.equal(channels, torch.cat((pairs, pairs + HEAD_DIM // 2), dim=1))
         key = prefix + "self_attn.k_proj.weight"
-        channels = torch.tensor(pairs)
-        rows = torch.cat((channels, channels + HEAD_DIM // 2), dim=1) + torch.arange(GROUPS)[:, None] * HEAD_DIM
+        rows = channels + torch.arange(GROUPS)[:, None] * HEAD_DIM
         assert torch.equal(tensors[key], dense[key][rows.flatten()])
         assert modules["vo"]["kept"] is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 import modegpt
 from helpers import tiny_llama, tiny_tokenizer
+from modegpt import modeling
 from modegpt.budget import LayerRanks
 from modegpt.data import TokenWindows
 from modegpt.engine import Engine
@@ -137,13 +139,19 @@ def test_loads_without_modegpt_installed(saved: Path, tmp_path: Path) -> None:
 
 
 def test_travelling_code_needs_nothing_but_torch_and_transformers(saved: Path) -> None:
-    imports = [
-        line.split()[1].split(".")[0]
-        for path in saved.glob("*.py")
-        for line in path.read_text().splitlines()
-        if line.startswith(("import ", "from ")) and not line.startswith("from .")
-    ]
-    assert set(imports) <= {"torch", "transformers", "copy", "dataclasses", "typing", "__future__"}
+    """Neither what Llama sends along nor any other family's file: each comes with those of ours that it imports."""
+    files = {path.name: path.read_text() for path in Path(modeling.__file__).parent.glob("modeling_*.py")}
+    assert files.keys() >= {f"{family.config.__module__.split('.')[-1]}.py" for family in modeling.FAMILIES.values()}
+    sent = {"modeling_modegpt.py", "modeling_modegpt_llama.py"}
+    assert {path.name: path.read_text() for path in saved.glob("*.py")} == {name: files[name] for name in sent}
+    allowed = {*sys.stdlib_module_names, "torch", "transformers", *(f".{name.removesuffix('.py')}" for name in files)}
+    for name, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                assert {alias.name.split(".")[0] for alias in node.names} <= allowed, name
+            elif isinstance(node, ast.ImportFrom):
+                module = node.module or ""
+                assert ("." * node.level + module if node.level else module.split(".")[0]) in allowed, name
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

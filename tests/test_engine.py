@@ -105,7 +105,7 @@ def all_at_once(model: LlamaForCausalLM, ranks: list[LayerRanks]) -> list[dict[s
             [
                 cr_decomposition(
                     torch.stack([query[2 * g + j].T @ query[2 * g + j] for j in range(2)]), key[g].T @ key[g], rank.qk
-                ).kept
+                ).pairs
                 for g in range(2)
             ]
         )

@@ -68,7 +68,5 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     model = BY_NAME["qwen2"].build()
     path = tmp_path / "model.gguf"
     write_gguf(model, path, "gemma2")
-    with pytest.raises(
-        InvalidRequest, match=r"'gemma2' are not supported, only llama, qwen2, qwen3; use"
-    ):
+    with pytest.raises(InvalidRequest, match=r"'gemma2' are not supported, only llama, qwen2, qwen3; use"):
         GGUFFile(path, list(model.state_dict()), model.config)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import modegpt
 from helpers import run_cli, tiny_tokenizer
+from modegpt import inference
 from modegpt.families import check_family
 from modegpt.inference import infer_family
 from modegpt.modeling import FAMILIES
@@ -31,11 +32,12 @@ INFERRED = {
 def forget_what_is_inferred() -> Iterator[None]:
     """No test depends on what another one has inferred."""
     yield
+    inference._INFERRED.clear()
     for name in [name for name, family in FAMILIES.items() if family.inferred]:
         del FAMILIES[name]
 
 
-def tiny_config(model_type: str, vocabulary: int = 128) -> PreTrainedConfig:
+def tiny_config(model_type: str, vocabulary: int = 128, **settings: Any) -> PreTrainedConfig:
     """A config of two layers, four heads and two groups."""
     sizes: dict[str, Any] = {
         "vocab_size": vocabulary,
@@ -51,7 +53,7 @@ def tiny_config(model_type: str, vocabulary: int = 128) -> PreTrainedConfig:
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    return AutoConfig.for_model(model_type, **sizes)
+    return AutoConfig.for_model(model_type, **sizes, **settings)
 
 
 @pytest.mark.parametrize("model_type", INFERRED)
@@ -83,6 +85,17 @@ def test_code_that_differs_in_one_line_is_not_taken_for_known(monkeypatch: pytes
     monkeypatch.setattr(mlp, "forward", forward)
     assert infer_family(tiny_config("helium")) is None
     assert "helium" not in FAMILIES
+
+
+def test_every_config_of_an_undescribed_family_is_looked_at() -> None:
+    """Qwen2-MoE without experts is written like Qwen2, with them like nothing described."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    plain, mixed = (tiny_config("qwen2_moe", mlp_only_layers=layers, **moe) for layers in ([0, 1], [0]))
+    for _ in range(2):
+        check_family(plain)
+        with pytest.raises(modegpt.InvalidRequest, match="not supported") as caught:
+            check_family(mixed)
+        assert "qwen2_moe" not in str(caught.value).split("supported ones")[1]
 
 
 def test_a_config_from_elsewhere_is_not_inferred() -> None:

@@ -15,6 +15,7 @@ from modegpt.activations import Activations
 from modegpt.data import TokenWindows
 from modegpt.families import decoder_layers, family_of
 from modegpt.layered import resident
+from modegpt.layout import HeadShape
 from modegpt.parallel import Workers
 from modegpt.runner import LayerRunner
 from modegpt.statistics import GramSum, LayerStatistics, StatisticsCollector, observable
@@ -47,6 +48,11 @@ def runner_of(model: LlamaForCausalLM, data: TokenWindows) -> LayerRunner:
     return LayerRunner(resident(model), [data], Workers())
 
 
+def collector_of(model: LlamaForCausalLM, layer: nn.Module) -> StatisticsCollector:
+    description = family_of(model).description
+    return StatisticsCollector(layer, description, HeadShape.of(layer, model.config, description))
+
+
 def collect(model: LlamaForCausalLM, data: TokenWindows, batch_size: int) -> list[LayerStatistics]:
     """The statistics of every layer, each fed with the dense outputs of the one before."""
     family, batches = family_of(model), list(data.batches(batch_size))
@@ -54,7 +60,7 @@ def collect(model: LlamaForCausalLM, data: TokenWindows, batch_size: int) -> lis
     hidden = Activations(len(batches))
     with observable(model), LayerRunner(resident(model), batches, Workers()).active() as runner:
         for index, layer in enumerate(decoder_layers(model, family)):
-            collector = StatisticsCollector(layer, family.description, model.config.num_key_value_heads)
+            collector = collector_of(model, layer)
             with collector.attached():
                 runner.run_layer(index, hidden, before=collector.next_batch)
             results.append(collector.result(Workers()))
@@ -229,7 +235,7 @@ def test_non_finite_sums_are_noticed(name: str, bad: float) -> None:
 def test_collector_detaches_completely(fails: bool) -> None:
     model, data = tiny_llama(), windows()
     layer = model.model.layers[1]
-    collector = StatisticsCollector(layer, family_of(model).description, groups=2)
+    collector = collector_of(model, layer)
     with observable(model):
         try:
             with collector.attached():
@@ -241,7 +247,7 @@ def test_collector_detaches_completely(fails: bool) -> None:
             pass
         before = collector.result(Workers()).query.clone()
         model(data.ids)
-    assert all(not module._forward_pre_hooks for module in layer.modules())
+    assert all(not module._forward_pre_hooks and not module._forward_hooks for module in layer.modules())
     assert before.abs().max() > 0
     assert torch.equal(collector.result(Workers()).query, before)
 

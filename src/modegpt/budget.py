@@ -17,6 +17,8 @@ from .modeling import Family, LayerSizes
 Module = Literal["mlp", "qk", "vo"]
 #: Kernels that multiply with all experts at once want rows of a multiple of 16 bytes, in 16-bit formats as well.
 EXPERT_MULTIPLE = 8
+#: Of itself, what a layer's finest module gives or takes so that the total is right, as long as others can.
+_TAKEN = 0.02
 MODULES: tuple[Module, ...] = get_args(Module)
 
 
@@ -39,9 +41,13 @@ class ModuleGeometry:
         """Parameters that can be removed."""
         return self.full * self.unit_parameters
 
+    def step(self, align: int) -> int:
+        """The units between two allowed ranks."""
+        return math.lcm(align, self.channels, self.multiple) // self.channels
+
     def nearest(self, units: float, align: int) -> int:
         """The allowed rank nearest to ``units``: a multiple of ``align`` channels, at least one, or full."""
-        step = math.lcm(align, self.channels, self.multiple) // self.channels
+        step = self.step(align)
         lower = min(max(1, math.floor(units / step)) * step, self.full)
         upper = min(lower + step, self.full)
         return lower if units - lower <= upper - units else upper
@@ -121,7 +127,7 @@ def average_sparsity(layers: Sequence[LayerGeometry], modules: Sequence[Module],
             f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)} and --align {align}: "
             f"at most {largest:g} of the decoder blocks' parameters can go; use less, more modules or a finer alignment"
         )
-    return (ratio * blocks + extra) / selected
+    return max(0.0, (ratio * blocks + extra) / selected)
 
 
 def ranks_from_sparsity(
@@ -130,35 +136,45 @@ def ranks_from_sparsity(
     """Round every layer's ideal ranks so that the total number of kept parameters is the ideal one.
 
     ``sparsity`` gives, per layer, the share each selected module loses; modules not named stay whole. The
-    coarser modules of a layer go to their nearest allowed rank, and the finest takes up the difference.
-    What it cannot take is carried into the next layer, and from the last back towards the first. With room
+    coarser modules of a layer go to their nearest allowed rank, and the finest takes up the difference, but no
+    more than ``_TAKEN`` of itself: a step of many experts can be as much as a whole attention module. What it
+    cannot take is carried on: into the next layers, where it goes to the coarsest module once it is half a step, and
+    from the last layer back towards the first, in the end without that limit and to the other modules. With room
     left anywhere, the total is off by at most half a step of the finest module.
     """
     carry = 0.0  # parameters kept too few so far
     units: list[dict[Module, int]] = []
     for layer, shares in zip(layers, sparsity, strict=True):
         kept: dict[Module, int] = {module: layer.modules[module].full for module in MODULES}
-        finest = _finest(layer, shares)
+        finest, *_ = _from_finest(layer, shares)
+        coarsest = max(
+            shares, key=lambda module: layer.modules[module].unit_parameters * layer.modules[module].step(align)
+        )
         for module in [*(module for module in shares if module != finest), finest]:
             geometry = layer.modules[module]
-            ideal = (1 - shares[module]) * geometry.full
-            kept[module] = geometry.nearest(
-                ideal + carry / geometry.unit_parameters if module == finest else ideal, align
-            )
+            ideal, step = (1 - shares[module]) * geometry.full, geometry.step(align)
+            missing = carry / geometry.unit_parameters
+            room = max(step, _TAKEN * geometry.full)
+            taken = missing if module == coarsest and abs(missing) >= step / 2 else 0.0
+            if module == finest:
+                taken = min(max(missing, -room), room)
+            kept[module] = geometry.nearest(ideal + taken, align)
             carry += (ideal - kept[module]) * geometry.unit_parameters
         units.append(kept)
-    for layer, shares, kept in reversed(list(zip(layers, sparsity, units, strict=True))):
-        module = _finest(layer, shares)
-        geometry = layer.modules[module]
-        before = kept[module]
-        kept[module] = geometry.nearest(before + carry / geometry.unit_parameters, align)
-        carry -= (kept[module] - before) * geometry.unit_parameters
+    for place, limited in ((0, True), (0, False), (1, False), (2, False), (0, False)):
+        for layer, shares, kept in reversed(list(zip(layers, sparsity, units, strict=True))):
+            for module in _from_finest(layer, shares)[place : place + 1]:
+                geometry, before = layer.modules[module], kept[module]
+                missing = carry / geometry.unit_parameters
+                room = max(geometry.step(align), _TAKEN * geometry.full) if limited else geometry.full
+                kept[module] = geometry.nearest(before + min(max(missing, -room), room), align)
+                carry -= (kept[module] - before) * geometry.unit_parameters
     return [LayerRanks(**kept) for kept in units]
 
 
-def _finest(layer: LayerGeometry, modules: Iterable[Module]) -> Module:
-    """The module whose units are smallest, hence best at meeting a budget."""
-    return min(modules, key=lambda module: layer.modules[module].unit_parameters)
+def _from_finest(layer: LayerGeometry, modules: Iterable[Module]) -> list[Module]:
+    """The modules, from that whose units are smallest, hence best at meeting a budget."""
+    return sorted(modules, key=lambda module: layer.modules[module].unit_parameters)
 
 
 def kept_parameters(layers: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> int:

@@ -394,6 +394,8 @@ class Engine:
         compressed.tie_weights()
         compressed.generation_config = copy.deepcopy(dense.generation_config)
         compressed.set_attn_implementation(self._attention)
+        if self.family.description.experts is not None:
+            compressed.set_experts_implementation(dense.config._experts_implementation)
         compressed.eval()
         return LayeredModel(compressed, self.family, self._finished_layer if self._durable else None, ahead=False)
 

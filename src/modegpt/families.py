@@ -16,13 +16,14 @@ def check_family(config: PreTrainedConfig) -> None:
     """Refuse a config whose family has no description and cannot be inferred."""
     if is_compressed(config.model_type):
         raise InvalidRequest("MODEL is already compressed; start from the dense model")
-    if config.model_type not in FAMILIES:
+    known = FAMILIES.get(config.model_type)
+    if known is None or known.inferred:  # from another config, perhaps
         from .inference import infer_family  # which runs what checks its models here
 
         if infer_family(config) is None:
             raise InvalidRequest(
                 f"model family {config.model_type!r} is not supported, and its code is unlike that of the supported "
-                f"ones: {', '.join(sorted(FAMILIES))}; docs/families.md says how to add one"
+                f"ones: {', '.join(row[0] for row in family_rows()[1:])}; docs/families.md says how to add one"
             )
     for name, value in FAMILIES[config.model_type].description.requires.items():
         if getattr(config, name) != value:

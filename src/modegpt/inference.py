@@ -34,6 +34,10 @@ _ROTARY: tuple[tuple[_Halves, _Halves], ...] = (
 _INTERMEDIATE, _VOCABULARY, _WINDOW, _TOLERANCE = 24, 64, 12, 1e-4
 
 
+#: What was inferred for a config, by its content: a family's configs can differ in what they switch on.
+_INFERRED: dict[str, CompressedFamily | None] = {}
+
+
 def infer_family(config: PreTrainedConfig) -> CompressedFamily | None:
     """The family of an undescribed ``config``, or None unless it is certain.
 
@@ -41,19 +45,30 @@ def infer_family(config: PreTrainedConfig) -> CompressedFamily | None:
     are each, but for annotations, the code of a described family; and a small random model of it, described like
     that, is reproduced by its compressed form. What is found is registered.
     """
-    try:
-        causal_lm, base = stock_classes(type(config))
-        if causal_lm.config_class is not type(config):
-            return None
-        with init_empty_weights(include_buffers=False):  # all layers: they need not be alike
-            candidates = list(_candidates(causal_lm(copy.deepcopy(config)), causal_lm, base))
-        for description in candidates:
-            found = register(description, *inferred_classes(type(config)), inferred=True)
-            if _reproduces(_random_model(config, causal_lm)):
-                return found
-            del FAMILIES[description.model_type]
-    except Exception:  # any code may refuse a config that it was not written for
+    key = f"{type(config).__qualname__} {config.to_json_string(use_diff=False)}"
+    if key not in _INFERRED:
         FAMILIES.pop(config.model_type, None)
+        try:
+            _INFERRED[key] = _infer(config)
+        except Exception:  # any code may refuse a config that it was not written for
+            _INFERRED[key] = None
+            FAMILIES.pop(config.model_type, None)
+    if (found := _INFERRED[key]) is not None:
+        FAMILIES[config.model_type] = found
+    return found
+
+
+def _infer(config: PreTrainedConfig) -> CompressedFamily | None:
+    causal_lm, base = stock_classes(type(config))
+    if causal_lm.config_class is not type(config):
+        return None
+    with init_empty_weights(include_buffers=False):  # all layers: they need not be alike
+        candidates = list(_candidates(causal_lm(copy.deepcopy(config)), causal_lm, base))
+    for description in candidates:
+        found = register(description, *inferred_classes(type(config)), inferred=True)
+        if _reproduces(_random_model(config, causal_lm)):
+            return found
+        del FAMILIES[description.model_type]
     return None
 
 

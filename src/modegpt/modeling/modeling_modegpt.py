@@ -355,8 +355,8 @@ def _attention_class(stock: Any) -> Any:
 
 def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the halves of the last axis holding the pairs' two channels."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second = x.chunk(2, dim=-1)  # some families have their tables in float32 for any dtype
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def _first_pairs(groups: int, pairs: int, device: torch.device) -> torch.Tensor:
@@ -396,7 +396,7 @@ def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> N
             raise ValueError(f"per_layer_config[{index}].qk_head_dim must be even: rotary channels go in pairs")
         attention_class = _attention_class(cast(Hashable, type(stock)))
         layer.set_submodule(family.attention, attention_class(stock, config, family, sizes))
-        _shrink_mlp(layer, family, sizes.intermediate_size)
+        _shrink_mlp(layer, config, family, sizes.intermediate_size)
 
 
 def has_experts(layer: Any, family: Family) -> bool:
@@ -413,7 +413,7 @@ def _intermediate_size(layer: Any, family: Family) -> int:
     return features(layer.get_submodule(family.mlp_output))[0]
 
 
-def _shrink_mlp(layer: Any, family: Family, width: int) -> None:
+def _shrink_mlp(layer: Any, config: PreTrainedConfig, family: Family, width: int) -> None:
     full = _intermediate_size(layer, family)
     if has_experts(layer, family):
         experts = layer.get_submodule(family.experts)
@@ -421,6 +421,7 @@ def _shrink_mlp(layer: Any, family: Family, width: int) -> None:
         experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.new_empty(count, 2 * width, hidden))
         experts.down_proj = nn.Parameter(experts.down_proj.new_empty(count, hidden, width))
         experts.intermediate_dim = width
+        experts.config = config  # it says which kernel multiplies with them
         return
     for path in family.mlp_inputs:
         linear = layer.get_submodule(path)
@@ -455,6 +456,10 @@ class CompactModel:
         """The description that ``config`` goes by."""
         return cls.family
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.family.causal_lm._can_set_experts_implementation()  # judges by the source of the class's file
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, CompactNorm):
@@ -478,7 +483,11 @@ def compressed_classes(family: Family, module: str, *, by_config: bool = False) 
         return type(f"ModeGPT{stock.__name__}", (*mixins, stock), {"__module__": module, **values})
 
     stock_config_class: Any = family.causal_lm.config_class
-    config = derived(stock_config_class, model_type=COMPRESSED + family.model_type)
+
+    def validate(config: Any) -> None:  # rules read what differs between layers, which configs refuse
+        stock_config_class.validate(stock_config(config))
+
+    config = derived(stock_config_class, model_type=COMPRESSED + family.model_type, validate=validate)
     base, causal_lm = (
         derived(stock, CompactModel, config_class=config, **values) for stock in (family.base, family.causal_lm)
     )
