@@ -377,7 +377,6 @@ def test_whole_experts_stay_as_they_are_however_few_tokens_they_see(name: str) -
     assert all(layer.modules["mlp"].relative_error == 0 for layer in result.layers)
 
 
-@pytest.mark.xfail(strict=True, reason="the compressed model gets the default implementation, not the dense model's")
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_go_on_to_be_computed_as_they_were(name: str) -> None:
     model = BY_NAME[name].build()
@@ -385,7 +384,6 @@ def test_experts_go_on_to_be_computed_as_they_were(name: str) -> None:
     assert compress_mlps(model, FEW).model.config._experts_implementation == "eager"
 
 
-@pytest.mark.xfail(strict=True, reason="Transformers looks for a word in the source of the class's module")
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_implementation_of_a_compressed_model_can_be_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process that has not asked the stock class before: the answer for that one would be inherited."""

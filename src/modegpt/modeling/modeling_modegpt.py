@@ -193,7 +193,7 @@ class CompactNorm(nn.Module):
         parts = norm_parts(like)
         first = parts[0]
         self.offset = offset
-        self.eps = float(getattr(first, "variance_epsilon", None) or first.eps)
+        self.eps = float(first.variance_epsilon if hasattr(first, "variance_epsilon") else first.eps)
         self.joint = is_joint(like, heads, full)
         self.full = heads * full if self.joint else full
         shape, options = (heads, channels), {"device": first.weight.device, "dtype": first.weight.dtype}
