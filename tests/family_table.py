@@ -86,6 +86,7 @@ ROWS = [
     Row("llama-yarn", "LlamaForCausalLM", rope("yarn", **YARN)),
     Row("llama-longrope", "LlamaForCausalLM", rope("longrope", **LONG)),
     Row("llama-llama3", "LlamaForCausalLM", rope("llama3", **LLAMA3)),
+    Row("llama-stray-factor", "LlamaForCausalLM", rope("default", partial_rotary_factor=0.5)),
     Row("mistral", "MistralForCausalLM", {}),
     Row("mistral-window", "MistralForCausalLM", WINDOWS),
     Row(
@@ -362,6 +363,8 @@ def rotating_channels(model: PreTrainedModel, size: int) -> int:
     """How many of a head's ``size`` channels the rotary embedding turns."""
     if model.config.model_type in ("gpt2", "opt"):
         return 0
+    if model.config.model_type not in ("phi", "phi3", "gpt_neox", "stablelm"):
+        return size  # whatever the config says
     return int(size * model.config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 

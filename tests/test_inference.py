@@ -21,7 +21,7 @@ from modegpt.inference import infer_family
 from modegpt.modeling import FAMILIES
 
 INFERRED = {
-    "glm": {"rotary": "neighbours", "mlp_inputs": ("mlp.gate_up_proj",)},
+    "glm": {"rotary": "neighbours", "partial_rotary": True, "mlp_inputs": ("mlp.gate_up_proj",)},
     "helium": {"rotary": "neighbours"},
     "ernie4_5": {"rotary": "neighbours"},
     "cwm": {},
@@ -118,6 +118,9 @@ def test_checkpoints_of_inferred_families_load_in_other_processes(
     options = ("--calibration", text_file, "--samples", 8, "--sequence-length", 32, "--quiet")
     outcome = run_cli("compress", dense, "--ratio", 0.3, "--output", output, *options)
     assert outcome.code == 0, outcome.err
+
+    assert run_cli("generate", output, "the model", "--max-new-tokens", 3).code == 0
+    assert "already compressed" in run_cli("compress", output, "--ratio", 0.3, "--output", tmp_path / "x", *options).err
 
     ids = torch.arange(20)[None] % len(tokenizer)
     with torch.no_grad():

@@ -87,9 +87,8 @@ def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -
 
     maps = [linear(layer, f"{family.attention}.{name}") for name in family.input_maps]
     (query, query_bias), (_, key_bias), (_, value_bias) = maps[0], maps[len(maps) // 2], maps[-1]
-    _, output_bias = linear(layer, f"{family.attention}.{family.output}")
-    hidden = query.shape[0]
-    outputs = linear(layer, f"{family.attention}.{family.output}")[0].shape[1]
+    output, output_bias = linear(layer, f"{family.attention}.{family.output}")
+    hidden, outputs = query.shape[0], output.shape[1]
     pair = heads * (hidden + (query_bias is not None)) + groups * (hidden + (key_bias is not None))
     for norm, count in zip(norms(layer, family, shape), (heads, groups), strict=True):
         pair += 0 if norm is None else count * (2 + (norm.bias is not None))

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -148,7 +149,8 @@ def _write_facts(directory: Path, tokenizer: PreTrainedTokenizerBase | None, rep
 def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a compressed checkpoint for inference.
 
-    The same as ``AutoModelForCausalLM.from_pretrained`` after ``import modegpt``, but it trusts nothing: no code
+    As ``AutoModelForCausalLM.from_pretrained`` after ``import modegpt``, but it knows the families that were inferred,
+    and it trusts nothing: no code
     from the directory runs, sizes, tensors and kept pairs are checked, and anything missing or left over raises
     :class:`CheckpointError`. A ``compression.json`` beside the weights comes along as ``compression_report``.
     """
@@ -165,7 +167,8 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
             raise CheckpointError(f"weights and config disagree: {problems}")
         for name, module in model.named_modules():
             if isinstance(module, CompactAttention) and module.rotary_pairs is not None:
-                rotary = rotary_channels(config, module.rope_head_dim)
+                family: Any = type(model).family_of(config)  # type: ignore[attr-defined]
+                rotary = rotary_channels(config, family, module.rope_head_dim)
                 if not _valid_pairs(module.rotary_pairs, rotary, module.rope_head_dim):
                     raise CheckpointError(f"{name}.rotary_pairs are not ascending pairs of {rotary} channels")
         if (Path(directory) / REPORT_FILE).is_file():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,6 +20,7 @@ from .modeling import Family
 from .statistics import panels
 
 _K = TypeVar("_K")
+_EXPERTS_EVERYWHERE: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def resized(config: PreTrainedConfig, family: Family, sizes: Sizes, vocabulary: 
     for name, value in (("num_key_value_heads", sizes.groups), ("head_dim", sizes.head)):
         if getattr(config, name, None) is not None:
             values[name] = value
+    if sizes.experts > 1:  # every layer as those that have experts
+        values |= {name: value for name, value in _EXPERTS_EVERYWHERE.items() if hasattr(config, name)}
     if getattr(config, "layer_types", None) is not None:
         values["layer_types"] = config.layer_types[: sizes.layers]
     result.update(values)
@@ -147,12 +150,14 @@ def solve_bytes(sizes: Sizes, tokens: int, kept: float = 1.0) -> int:
     m, d = sizes.intermediate, sizes.hidden
     k = kept * m
     squares = 3 if tokens >= k else 6
-    return round(8 * (max(m**2, squares * k**2 + 2 * k * (m - k)) + 2 * m * d))
+    made_up = 0 if sizes.experts == 1 else m**2  # the correlation of an expert that saw few tokens
+    return round(8 * (made_up + max(m**2, squares * k**2 + 2 * k * (m - k)) + 2 * m * d))
 
 
 def forward_bytes(sizes: Sizes, tokens: int, item: int) -> int:
     """What a layer's forward over ``tokens`` at once holds: mostly the MLP's channels, some of them in float32."""
-    return tokens * (item * (5 * sizes.hidden + 3 * sizes.intermediate) + 4 * sizes.intermediate)
+    routed = 0 if sizes.experts == 1 else tokens * sizes.routed * item * (2 * sizes.hidden + 3 * sizes.intermediate)
+    return routed + tokens * (item * (5 * sizes.hidden + 3 * sizes.intermediate) + 4 * sizes.intermediate)
 
 
 def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:

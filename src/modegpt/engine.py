@@ -39,7 +39,7 @@ from .parallel import Workers
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult
 from .runner import Capture, LayerRunner
-from .statistics import LayerStatistics, StatisticsCollector, observable
+from .statistics import LayerStatistics, StatisticsCollector, is_capped, observable
 from .weights import (
     MLPWeights,
     cast_like,
@@ -111,7 +111,7 @@ class Engine:
         self._durable = self.workers.tell(journal is not None)
         self._states = self.workers.tell(journal.states if journal else None)
         self._batch_size = batch_size
-        self._attention = dense.model.config._attn_implementation
+        self._attention = "eager" if is_capped(dense.model) else dense.model.config._attn_implementation
         self._batches = self._own_batches(windows)
         self._runner = LayerRunner(dense, self._batches, self.workers)
         self._geometry = model_geometry(dense.model)

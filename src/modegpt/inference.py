@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -62,12 +64,13 @@ def _infer(config: PreTrainedConfig) -> CompressedFamily | None:
     causal_lm, base = stock_classes(type(config))
     if causal_lm.config_class is not type(config):
         return None
-    with init_empty_weights(include_buffers=False):  # all layers: they need not be alike
+    with init_empty_weights(include_buffers=True):  # all layers: they need not be alike
         candidates = list(_candidates(causal_lm(copy.deepcopy(config)), causal_lm, base))
     for description in candidates:
         found = register(description, *inferred_classes(type(config)), inferred=True)
-        if _reproduces(_random_model(config, causal_lm)):
-            return found
+        with suppress(Exception):  # a wrong description can fail in any way
+            if _reproduces(_random_model(config, causal_lm)):
+                return found
         del FAMILIES[description.model_type]
     return None
 
@@ -79,7 +82,7 @@ def _random_model(config: PreTrainedConfig, causal_lm: Any) -> Any:
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = Sizes(2, 2 * per_group * head, _INTERMEDIATE, 2 * per_group, 2, head, 2)
     small = resized(config, Family(causal_lm, causal_lm), sizes, _VOCABULARY)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = causal_lm(small).double().eval()
         for parameter in model.parameters():
@@ -101,13 +104,14 @@ def _candidates(model: Any, causal_lm: Any, base: Any) -> Iterator[Family]:
         layer = _written_like(layers[0], known, "DecoderLayer")
         kinds = {(type(each), type(getattr(each, one.description.attention)), type(each.mlp)) for each in layers}
         if mlp and layer and len(kinds) == 1 and _written_like(attention, [one], "Attention"):
-            for rotary, angles in _ROTARY:
+            for (rotary, angles), partial in itertools.product(_ROTARY, (False, True)):
                 yield replace(
                     one.description,
                     causal_lm=causal_lm,
                     base=base,
                     rotary=rotary,
                     angles=angles,
+                    partial_rotary=partial,
                     mlp_inputs=mlp.mlp_inputs,
                     mlp_output=mlp.mlp_output,
                     middle=layer.middle,

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .errors import InvalidRequest
 from .modeling import Family, features, has_experts, head_counts, is_joint, norm_parts
 
 
@@ -33,7 +34,11 @@ class HeadShape:
         """The heads of a stock ``layer`` (which may be on the meta device)."""
         heads, groups = head_counts(config)
         head = features(layer.get_submodule(f"{family.attention}.{family.output}"))[0] // heads
-        rotary = 0 if family.rotary is None else rotary_channels(config, head)
+        rotary = rotary_channels(config, family, head)
+        if (head - rotary) % 2 and rotary:
+            raise InvalidRequest(
+                f"MODEL has heads of {head} channels of which {rotary} rotate; the others must be an even number"
+            )
         return cls(heads, groups, head, rotary, family.rotary == "neighbours")
 
     @property
@@ -42,8 +47,10 @@ class HeadShape:
         return 2 if self.rotary else 1
 
 
-def rotary_channels(config: PreTrainedConfig, head: int) -> int:
+def rotary_channels(config: PreTrainedConfig, family: Family, head: int) -> int:
     """How many of the ``head`` channels of a head a rotary embedding turns."""
+    if family.rotary is None or not family.partial_rotary:
+        return 0 if family.rotary is None else head
     parameters = getattr(config, "rope_parameters", None) or {}
     return int(head * parameters.get("partial_rotary_factor", 1.0))
 

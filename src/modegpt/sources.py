@@ -28,7 +28,7 @@ from transformers import (
 from .errors import CheckpointError, InvalidRequest
 from .families import decoder_layers, family_of
 from .layered import LayeredModel
-from .modeling import FAMILIES
+from .modeling import FAMILIES, recognise
 from .stored import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -74,8 +74,14 @@ class ModelSource:
 
     def config(self) -> PreTrainedConfig:
         """The model's config."""
-        config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, "config")
-        return config
+
+        def read(address: str, **options: Any) -> PreTrainedConfig:
+            if not self.is_gguf:
+                recognise(PreTrainedConfig.get_config_dict(address)[0].get("model_type"))
+            config: PreTrainedConfig = AutoConfig.from_pretrained(address, **options)
+            return config
+
+        return self._read(read, "config")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .data import TokenWindows
 from .layout import HeadShape, expert_count, intermediate_size
-from .modeling import Family, is_joint
+from .modeling import FAMILIES, Family, is_joint
 from .parallel import Workers
 
 #: Tokens whose products are summed in float32 before they join the float64 sum.
@@ -134,11 +134,17 @@ def _observing(implementation: str) -> str:
     return name
 
 
+def is_capped(model: PreTrainedModel) -> bool:
+    """Whether attention logits are soft-capped, which SDPA kernels leave out without a word."""
+    name = FAMILIES[model.config.model_type].description.softcap
+    return name is not None and getattr(model.config, name) is not None
+
+
 @contextmanager
 def observable(model: PreTrainedModel) -> Iterator[None]:
     """Within this context the attention of ``model`` can be observed; its results do not change."""
     previous = model.config._attn_implementation
-    model.set_attn_implementation(_observing("eager" if previous == "eager" else "sdpa"))
+    model.set_attn_implementation(_observing("eager" if previous == "eager" or is_capped(model) else "sdpa"))
     try:
         yield
     finally:
@@ -226,7 +232,8 @@ class StatisticsCollector:
 
     def _squares(self, name: str, joint: bool) -> Callable[..., None]:
         def observe(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-            x = output.detach().float().flatten(0, -2).unflatten(-1, (-1, self._shape.head))  # (B T, heads, h)
+            x = output.detach() if output.dtype == torch.float64 else output.detach().float()
+            x = x.flatten(0, -2).unflatten(-1, (-1, self._shape.head))  # (B T, heads, h)
             if self._family.norm_centred:
                 x = x - x.mean(-1, keepdim=True)
             squares = x.flatten(-2).square() if joint else x.square()

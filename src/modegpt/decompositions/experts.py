@@ -23,4 +23,6 @@ def with_pseudo_tokens(gram: torch.Tensor, tokens: int, inputs: Sequence[torch.T
     profile = torch.ones(gram.shape[0], dtype=gram.dtype, device=gram.device)
     for weight in inputs:
         profile = profile * weight.to(gram.dtype).square().sum(0)
-    return gram + torch.diag(missing * level * profile / profile.mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    result = gram.clone()
+    result.diagonal().add_(missing * level * profile / profile.mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    return result

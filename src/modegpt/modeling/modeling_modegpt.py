@@ -69,11 +69,15 @@ class Family:
     norm_offset: float = 0.0
     #: Which two channels the rotary embedding turns into each other: i and i + half of all it turns, or 2i and 2i + 1.
     rotary: Literal["halves", "neighbours"] | None = "halves"
+    #: Whether only a share of a head's channels rotates, the first ones, as ``partial_rotary_factor`` says.
+    partial_rotary: bool = False
     #: Which two columns of the cosine and sine tables have the same angle.
     angles: Literal["halves", "neighbours"] = "halves"
-    #: Attributes of the config: the soft cap of attention logits, the dropouts of attention weights and, inside the
+    #: Attributes of the config: the soft cap of attention logits, the sliding window where the attention module does
+    #: not have it itself, the dropouts of attention weights and, inside the
     #: attention module, of its output, and the MLP's width.
     softcap: str | None = None
+    sliding_window: str | None = None
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
     intermediate_size: str = "intermediate_size"
@@ -249,7 +253,9 @@ class CompactAttention(nn.Module):
         self.scaling: float = dense.scaling
         own = getattr(dense, "attention_dropout", None)
         self.attention_dropout: float = getattr(config, family.dropout) if own is None else own
-        self.sliding_window: int | None = getattr(dense, "sliding_window", getattr(config, "sliding_window", None))
+        self.sliding_window: int | None = getattr(dense, "sliding_window", None)
+        if family.sliding_window:
+            self.sliding_window = getattr(config, family.sliding_window)
         self.softcap: float | None = getattr(config, family.softcap) if family.softcap else None
         self.output_dropout: float = getattr(config, family.output_dropout) if family.output_dropout else 0.0
         self.qk_head_dim, self.v_head_dim, self.head_dim = sizes.qk_head_dim, sizes.v_head_dim, sizes.head_dim

@@ -9,6 +9,7 @@ FAMILY = Family(
     GPTNeoXModel,
     covers="GPT-NeoX, Pythia, Dolly 2, RedPajama-INCITE",
     special="fused query-key-value head by head, partial rotary embedding, parallel attention and MLP",
+    partial_rotary=True,
     attention="attention",
     fused="query_key_value",
     fused_by_group=True,

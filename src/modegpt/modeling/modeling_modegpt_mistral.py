@@ -9,6 +9,7 @@ FAMILY = Family(
     MistralModel,
     covers="Mistral, Mistral-Nemo",
     special="sliding window",
+    sliding_window="sliding_window",
 )
 
 CLASSES = ModeGPTMistralConfig, ModeGPTMistralModel, ModeGPTMistralForCausalLM = compressed_classes(FAMILY, __name__)

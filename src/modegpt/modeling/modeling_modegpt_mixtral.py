@@ -9,6 +9,7 @@ FAMILY = Family(
     MixtralModel,
     covers="Mixtral",
     special="experts, each with a selection of its own",
+    sliding_window="sliding_window",
     experts="mlp.experts",
     stored_as={
         "mlp.gate.weight": ("block_sparse_moe.gate.weight",),

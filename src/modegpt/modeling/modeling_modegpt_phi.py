@@ -9,6 +9,7 @@ FAMILY = Family(
     PhiModel,
     covers="Phi-1, Phi-1.5, Phi-2",
     special="parallel attention and MLP, partial rotary embedding, biases, ungated GELU",
+    partial_rotary=True,
     output="dense",
     query_norm="q_layernorm",
     key_norm="k_layernorm",

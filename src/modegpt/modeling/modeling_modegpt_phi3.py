@@ -9,6 +9,8 @@ FAMILY = Family(
     Phi3Model,
     covers="Phi-3, Phi-3.5, Phi-4",
     special="fused query-key-value and gate-up, partial rotary embedding, longrope",
+    partial_rotary=True,
+    sliding_window="sliding_window",
     fused="qkv_proj",
     mlp_inputs=("mlp.gate_up_proj",),
 )

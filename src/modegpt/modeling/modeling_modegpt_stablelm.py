@@ -9,6 +9,7 @@ FAMILY = Family(
     StableLmModel,
     covers="StableLM 2, StableLM Zephyr, StableLM 3B and 12B",
     special="partial rotary embedding, query and key layer norms per head, parallel or not",
+    partial_rotary=True,
     query_norm="q_layernorm",
     key_norm="k_layernorm",
     norm_centred=True,

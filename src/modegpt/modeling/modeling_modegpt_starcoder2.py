@@ -9,6 +9,7 @@ FAMILY = Family(
     Starcoder2Model,
     covers="StarCoder2",
     special="biases, layer norms, ungated GELU, sliding window",
+    sliding_window="sliding_window",
     output_dropout="residual_dropout",
     mlp_inputs=("mlp.c_fc",),
     mlp_output="mlp.c_proj",
