@@ -107,10 +107,15 @@ ROWS = [
             "head_dim": 12,
             "query_pre_attn_scalar": 10,
             "attn_logit_softcapping": 5.0,
+            "attn_implementation": "eager",  # others may leave the cap out
             "final_logit_softcapping": 3.0,
         },
     ),
-    Row("gemma2-uncapped", "Gemma2ForCausalLM", {"head_dim": 8, "attn_logit_softcapping": None}),
+    Row(
+        "gemma2-uncapped",
+        "Gemma2ForCausalLM",
+        {"head_dim": 8, "attn_logit_softcapping": None, "attn_implementation": "eager"},
+    ),
     Row(
         "gemma3",
         "Gemma3ForCausalLM",

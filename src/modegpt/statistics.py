@@ -135,9 +135,8 @@ def _observing(implementation: str) -> str:
 
 
 def is_capped(model: PreTrainedModel) -> bool:
-    """Whether attention logits are soft-capped, which SDPA kernels leave out without a word."""
-    name = FAMILIES[model.config.model_type].description.softcap
-    return name is not None and getattr(model.config, name) is not None
+    """Whether the family soft-caps attention logits, which SDPA kernels leave out without a word."""
+    return FAMILIES[model.config.model_type].description.softcap is not None
 
 
 @contextmanager

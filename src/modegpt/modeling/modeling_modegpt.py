@@ -482,6 +482,8 @@ def compressed_classes(family: Family, module: str, *, by_config: bool = False) 
     have the description in ``compressed_family``.
     """
     values: dict[str, Any] = {"family": family}
+    if family.softcap:  # which SDPA kernels leave out without a word
+        values["_supports_sdpa"] = False
     if by_config:
         values["family_of"] = classmethod(lambda _, config: described(family, config.compressed_family))
 
