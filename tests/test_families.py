@@ -767,7 +767,8 @@ def test_from_disk_to_disk_is_the_same_as_in_memory_and_as_interrupted(
         with pytest.raises(KeyboardInterrupt):
             compress_to_directory(config("resumed"))
         assert work_directory(tmp_path / "resumed").is_dir()
-        compress_to_directory(config("resumed"))
+        resumed = compress_to_directory(config("resumed"))
     assert kept == [0, 1, 2]
+    assert resumed.layers == report.layers  # what experts kept and saw as well
     assert_equal(load_file(tmp_path / "resumed" / "model.safetensors"), written)
     assert not work_directory(tmp_path / "resumed").exists()

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed
 
+from family_table import BY_NAME
 from helpers import Outcome, compress_arguments, random_text, run_cli, run_process
 from modegpt import cli, parallel
 from modegpt.activations import DiskActivations
@@ -293,6 +294,24 @@ def test_any_number_of_processes_gives_the_same(
     assert [outcome.code for outcome in finished.outcomes(statistics)] == [0] * len(finished.processes)
     assert_same_result(finished.outputs / statistics, alone / statistics)
     assert run_facts(finished.outputs / statistics).processes == len(finished.processes)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "olmo2"])
+def test_experts_and_norms_over_all_heads_are_the_same_for_two_processes(
+    name: str, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    tokenizer = ModelSource(str(tiny_checkpoint)).tokenizer()
+    BY_NAME[name].build(vocab_size=len(tokenizer) + 8).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for output, options in (("alone", ()), ("two", ("--devices", 2))):
+        arguments = compress_arguments(tmp_path / "model", tmp_path / output, text_file, *FEW, *options)
+        outcome = run_process(*arguments)
+        assert outcome.code == 0, outcome.err
+    assert_same_result(tmp_path / "two", tmp_path / "alone")
+    alone, two = (CompressionReport.read(tmp_path / output) for output in ("alone", "two"))
+    tokens = [[layer.modules["mlp"].expert_tokens for layer in report.layers] for report in (alone, two)]
+    assert tokens[0] == tokens[1]
+    assert (name == "olmo2") == all(found is None for found in tokens[0])
 
 
 def test_one_set_of_files_is_written_and_nothing_is_left_over(two: Group, three: Group, alone: Path) -> None:
