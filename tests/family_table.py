@@ -81,6 +81,7 @@ ROWS = [
     Row("llama-tied", "LlamaForCausalLM", {"tie_word_embeddings": True}),
     Row("llama-biases", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
     Row("llama-wide-heads", "LlamaForCausalLM", {"head_dim": 12}),
+    Row("llama-heads-wider-than-the-model", "LlamaForCausalLM", {"num_key_value_heads": 4, "head_dim": 34}),
     Row("llama-linear", "LlamaForCausalLM", rope("linear", factor=4.0)),
     Row("llama-dynamic", "LlamaForCausalLM", rope("dynamic", factor=4.0)),
     Row("llama-yarn", "LlamaForCausalLM", rope("yarn", **YARN)),

@@ -87,6 +87,11 @@ def test_code_that_differs_in_one_line_is_not_taken_for_known(monkeypatch: pytes
     assert "helium" not in FAMILIES
 
 
+@pytest.mark.parametrize(("model_type", "option"), [("ernie4_5", "use_bias"), ("helium", "mlp_bias")])
+def test_biases_are_no_reason_to_refuse(model_type: str, option: str) -> None:
+    assert infer_family(tiny_config(model_type, **{option: True})) is not None
+
+
 def test_every_config_of_an_undescribed_family_is_looked_at() -> None:
     """Qwen2-MoE without experts is written like Qwen2, with them like nothing described."""
     moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

@@ -220,3 +220,15 @@ def test_all_zero_input_or_value_gives_zero_factors(silent: str, heads: int) -> 
     assert torch.count_nonzero(result.value @ result.output) == 0
     assert result.value.isfinite().all()
     assert result.error == result.norm == 0
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_heads_wider_than_the_model_are_padded_with_nothing(heads: int) -> None:
+    """Of 8 directions in a model of 4 at most 4 matter: rank 6 is exact and 6 wide."""
+    gram, value, output = randn(4, 4), randn(1, 4, 8, seed=1), randn(1, heads, 8, 4, seed=2)
+    gram = gram @ gram.T
+    result = svd_decomposition(gram, value, output, 6)
+    assert result.value.shape == (1, 4, 6)
+    assert result.output.shape == (1, heads, 6, 4)
+    torch.testing.assert_close(result.value[:, None] @ result.output, value[:, None] @ output, rtol=1e-9, atol=1e-9)
+    assert result.error <= 1e-12 * result.norm

@@ -159,8 +159,9 @@ def _reproduces(model: Any) -> bool:
             for layer in dense.layers:
                 for path in dense.family.description.mlp_inputs:
                     linear: Any = layer.get_submodule(path)
-                    for block in linear.weight.split(_INTERMEDIATE):  # gate and up can be in one
-                        block[:dead] = 0
+                    for tensor in (linear.weight, linear.bias):
+                        for block in () if tensor is None else tensor.split(_INTERMEDIATE):  # gate and up can be in one
+                            block[:dead] = 0
         full = [{name: module.full for name, module in layer.modules.items()} for layer in model_geometry(model)]
         ranks = [LayerRanks(mlp=units["mlp"] - dead, qk=units["qk"], vo=units["vo"]) for units in full]
         engine = Engine(dense, windows, len(windows.ids))

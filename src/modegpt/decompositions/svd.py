@@ -58,7 +58,10 @@ def svd_decomposition(
         return SVDDecomposition(thin_value, thin_output, error=float(mixed[..., rank:, :].square().sum()), norm=norm)
     left, second, right = torch.linalg.svd(mixed.squeeze(-3), full_matrices=False)  # U', S', V'^T
     thin_output = (second[..., :rank, None] * right[..., :rank, :]).unsqueeze(-3)
-    thin_value, thin_output = _balance(whiten @ left[..., :rank], thin_output)
+    missing = max(0, rank - second.shape[-1])  # heads wider than the model have no more directions than it has
+    thin_output = torch.nn.functional.pad(thin_output, (0, 0, 0, missing))
+    thin_value = torch.nn.functional.pad(whiten @ left[..., :rank], (0, missing))
+    thin_value, thin_output = _balance(thin_value, thin_output)
     return SVDDecomposition(thin_value, thin_output, error=float(second[..., rank:].square().sum()), norm=norm)
 
 
