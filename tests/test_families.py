@@ -644,10 +644,14 @@ def test_a_compressed_checkpoint_loads_bit_for_bit(name: str, tmp_path: Path) ->
     loaded.save_pretrained(tmp_path / "again")
     for model in (loaded, modegpt.load(tmp_path / "model"), modegpt.load(tmp_path / "again")):
         assert_equal(model.state_dict(), thin.state_dict())
-        assert torch.equal(logits(model), logits(thin))
+        assert_equal(dict(model.named_buffers()), dict(thin.named_buffers()))
+        # Products of equal matrices may differ in their last bit with where the matrices lie in memory.
+        torch.testing.assert_close(logits(model), logits(thin), rtol=1e-5, atol=1e-5)
     base = AutoModel.from_pretrained(tmp_path / "model")
     with torch.no_grad():
-        assert torch.equal(base(ids).last_hidden_state, thin.base_model(ids).last_hidden_state)
+        torch.testing.assert_close(
+            base(ids).last_hidden_state, thin.base_model(ids).last_hidden_state, rtol=1e-5, atol=1e-5
+        )
 
 
 @rows()

@@ -73,6 +73,11 @@ def test_what_is_written_otherwise_is_refused_with_what_would_work(model_type: s
     assert model_type not in FAMILIES
 
 
+def test_a_model_that_also_reads_images_is_refused_with_the_family_that_would_work() -> None:
+    with pytest.raises(modegpt.InvalidRequest, match=r"'gemma3'.*text-only checkpoint.*'gemma3_text'"):
+        check_family(AutoConfig.for_model("gemma3"))
+
+
 def test_code_that_differs_in_one_line_is_not_taken_for_known(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.helium import modeling_helium
 

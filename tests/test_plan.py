@@ -86,6 +86,12 @@ def test_a_plan_reads_nothing_but_the_config(tiny_checkpoint: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]
 
 
+def test_windows_longer_than_the_models_positions_are_refused_here_too(tiny_checkpoint: Path) -> None:
+    outcome = run_cli("plan", tiny_checkpoint, "--ratio", 0.3, "--samples", 8, "--sequence-length", 10**6)
+    assert outcome.code == 2
+    assert "--sequence-length 1000000 exceeds the model's" in outcome.err
+
+
 def test_a_plan_that_does_not_fit_is_shown_and_refused(tiny_checkpoint: Path) -> None:
     outcome = run_cli("plan", tiny_checkpoint, "--ratio", 0.3, "--samples", 10**10, "--sequence-length", 128)
     assert outcome.code == 2

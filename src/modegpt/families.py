@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +18,12 @@ def check_family(config: PreTrainedConfig) -> None:
     """Refuse a config whose family has no description and cannot be inferred."""
     if is_compressed(config.model_type):
         raise InvalidRequest("MODEL is already compressed; start from the dense model")
+    text: Any = getattr(config, "text_config", None)
+    if text is not None:
+        raise InvalidRequest(
+            f"MODEL ({config.model_type!r}) does not read text alone; use a text-only checkpoint of its language model"
+            f" ({text.model_type!r})"
+        )
     known = FAMILIES.get(config.model_type)
     if known is None or known.inferred:  # from another config, perhaps
         from .inference import infer_family  # which runs what checks its models here

@@ -121,7 +121,6 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     model_config, plan, shape = plan_request(config, timed=timed)
     if not finished:
         check_plan(plan, config, shape)
-    check_length(config.sequence_length, model_config)
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model_config)
     if config.calibration == SELF:
@@ -140,6 +139,7 @@ def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedCo
     source = ModelSource(config.model, config.trust_remote_code)
     model_config = source.config()
     check_family(model_config)
+    check_length(config.sequence_length, model_config)
     return model_config, *make_plan(config, source, model_config, timed=timed)
 
 
