@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import pytest
@@ -51,7 +51,7 @@ from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.results import Choice
 from modegpt.runner import LayerRunner
 from modegpt.sources import ModelSource
-from modegpt.statistics import LayerStatistics, StatisticsCollector, observable
+from modegpt.statistics import LayerStatistics, Statistic, StatisticsCollector, observable
 
 #: Differences in float64 arithmetic, relative to the largest value: far above rounding, far below any mistake.
 ROUNDING = 1e-12
@@ -372,7 +372,8 @@ def collect(model: PreTrainedModel, data: TokenWindows) -> list[LayerStatistics]
     with observable(model), LayerRunner(resident(model), batches, Workers()).active() as runner:
         for index, layer in enumerate(layers_of(model)):
             description = family.description
-            collector = StatisticsCollector(layer, description, HeadShape.of(layer, model.config, description))
+            heads = HeadShape.of(layer, model.config, description)
+            collector = StatisticsCollector(layer, description, heads, get_args(Statistic))
             with collector.attached():
                 runner.run_layer(index, hidden, before=collector.next_batch)
             results.append(collector.result(Workers()))
@@ -431,6 +432,7 @@ def inputs_of_layers(model: PreTrainedModel, ids: torch.Tensor, positions: torch
         def attention(_: nn.Module, args: Any, kwargs: Any, found: dict[str, Any] = found) -> None:
             found["attention"] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0]
             found["rotary"] = kwargs.get("position_embeddings")
+            found["mask"] = kwargs.get("attention_mask")
 
         def mlp(_: nn.Module, args: Any, found: dict[str, Any] = found) -> None:
             found["mlp"] = args[0].reshape(len(ids), -1)
@@ -439,6 +441,18 @@ def inputs_of_layers(model: PreTrainedModel, ids: torch.Tensor, positions: torch
         entrance = layer.fc1 if model.config.model_type == "opt" else layer.mlp
         handles.append(entrance.register_forward_pre_hook(mlp))
     model(ids[None], position_ids=positions[None], use_cache=False)
+    masks = [found["mask"] for found in seen]
+    if any(mask is None for mask in masks):  # only eager attention always has one
+        implementation = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        states = [dict(found) for found in seen]
+        model(ids[None], position_ids=positions[None], use_cache=False)
+        masks = [found["mask"] for found in seen]
+        model.set_attn_implementation(implementation)
+        seen = states
+    for found, mask in zip(seen, masks, strict=True):
+        assert mask is not None
+        found["mask"] = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
     for handle in handles:
         handle.remove()
     return seen
@@ -449,10 +463,61 @@ def grams(x: torch.Tensor) -> torch.Tensor:
     return x.mT @ x
 
 
+def scaling_of(model: PreTrainedModel, layer: nn.Module) -> float:
+    """Of the scores; OPT's queries have it already."""
+    return 1.0 if model.config.model_type == "opt" else float(attention_of(layer).scaling)
+
+
+def attention_weights(
+    model: PreTrainedModel, layer: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights (T, T) that one head pays, and how its scores (before any soft cap) change the capped ones."""
+    scores = query @ key.T * scaling_of(model, layer)
+    slope = torch.ones_like(scores)
+    if cap := getattr(model.config, "attn_logit_softcapping", None):
+        slope = 1 - (scores / cap).tanh().square()
+        scores = (scores / cap).tanh() * cap
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1), slope
+
+
+def logit_features(model: PreTrainedModel, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """What every channel adds to a logit (h,); of a rotary pair first what both add, then what they would, turned."""
+    result = query * key
+    for first, second in rotating_pairs(model, len(query)):
+        result[first] = query[first] * key[first] + query[second] * key[second]
+        result[second] = query[second] * key[first] - query[first] * key[second]
+    return result
+
+
+def attention_sums(
+    model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any], query: torch.Tensor, key: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sums over what the heads put out and their logits' features; ``query`` (H, T, h), ``key`` (G, T, h)."""
+    x, heads, scaling = inputs["attention"], heads_of(model, layer), scaling_of(model, layer)
+    logits, outputs = [], []
+    for number, states in enumerate(query):
+        group = number * len(key) // len(query)
+        weights, slope = attention_weights(model, layer, states, key[group], inputs["mask"])
+        value = heads.value[group](x)
+        if (bias := heads.value[group].bias) is not None:
+            value = value - bias
+        outputs.append(weights @ value)
+        total = torch.zeros(heads.size, heads.size, dtype=x.dtype)
+        for token, paid in enumerate(weights):
+            features = (
+                torch.stack([logit_features(model, states[token], other) * scaling for other in key[group]])
+                * slope[token][:, None]
+            )
+            features = features - paid @ features
+            total += features.T @ (paid[:, None] * features)
+        logits.append(total)
+    return {"head_outputs": grams(torch.cat(outputs, dim=-1)), "logits": torch.stack(logits)}
+
+
 def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Second moments of one window's tokens in one layer."""
     x, heads, norms = inputs["attention"], heads_of(model, layer), query_key_norms(layer)
-    sums = {"attention_input": grams(x)}
+    sums, rotated_states = {"attention_input": grams(x)}, {}
     for number, (name, parts) in enumerate((("query", heads.query), ("key", heads.key))):
         states = torch.stack([part(x) for part in parts])
         if norms is not None:
@@ -463,7 +528,9 @@ def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any])
             states = rotated(states, cos[0], sin[0], model)
         if name == "query" and model.config.model_type == "opt":
             states = states / heads.size**0.5
+        rotated_states[name] = states
         sums[name] = grams(states)
+    sums |= attention_sums(model, layer, inputs, rotated_states["query"], rotated_states["key"])
     mlps = mlps_of(model, layer)
     if not has_experts(layer):
         return sums | {"mlp": grams(mlps[0](inputs["mlp"]))}
@@ -493,7 +560,7 @@ def reference(model: PreTrainedModel, data: TokenWindows) -> list[dict[str, Any]
                 total[name] = total[name] + value if name in total else value
     for total, layer in zip(totals, layers_of(model), strict=True):
         groups = len(heads_of(model, layer).key)
-        for name in ("query", "query_squares"):
+        for name in ("query", "query_squares", "logits"):
             if name in total and total[name].dim() == 3:
                 total[name] = total[name].unflatten(0, (groups, -1))
     return totals
@@ -509,11 +576,10 @@ def test_statistics_equal_plain_loops(name: str, padding: str, attention: str | 
     for actual, expected in zip(collect(model, data), reference(model, data), strict=True):
         assert actual.tokens == data.tokens
         assert actual.expert_tokens == (tuple(expected.pop("tokens").tolist()) if "tokens" in expected else None)
-        names = {field for field, value in vars(actual).items() if isinstance(value, torch.Tensor)}
-        assert names == expected.keys()
-        for field in names:
-            assert getattr(actual, field).shape == expected[field].shape
-            assert deviation(getattr(actual, field), expected[field]) < ROUNDING, field
+        assert actual.sums.keys() == expected.keys()
+        for field, value in actual.sums.items():
+            assert value.shape == expected[field].shape
+            assert deviation(value, expected[field]) < ROUNDING, field
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ worker and many.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,13 +33,13 @@ from .families import model_geometry
 from .journal import Journal
 from .layered import LayeredModel, place, resident
 from .layout import HeadShape, expert_count
-from .methods import METHODS, Method, Solution
+from .methods import METHODS, Ladder, Method, Solution
 from .modeling import Family
 from .parallel import Workers
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult
 from .runner import Capture, LayerRunner
-from .statistics import LayerStatistics, StatisticsCollector, is_capped, observable
+from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
 from .weights import (
     MLPWeights,
     cast_like,
@@ -233,7 +233,9 @@ class Engine:
                 if index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
-                        statistics = self._calibrate(index, layer, hidden, keep=needed and through_dense)
+                        statistics = self._calibrate(
+                            index, layer, hidden, method.statistics, keep=needed and through_dense
+                        )
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
                         state, modules = self._solve(
@@ -285,10 +287,12 @@ class Engine:
         hidden.remove()
         return 0
 
-    def _calibrate(self, index: int, layer: nn.Module, hidden: Activations, *, keep: bool) -> LayerStatistics:
+    def _calibrate(
+        self, index: int, layer: nn.Module, hidden: Activations, wanted: Collection[Statistic], *, keep: bool
+    ) -> LayerStatistics:
         """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
         self.progress.detail("calibrating")
-        collector = StatisticsCollector(layer, self.family.description, self._heads(layer))
+        collector = StatisticsCollector(layer, self.family.description, self._heads(layer), wanted)
         with collector.attached():
             self._runner.run_layer(index, hidden, keep=keep, before=collector.next_batch)
         statistics = collector.result(self.workers)
@@ -353,18 +357,26 @@ class Engine:
     def _solve_part(
         self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics, rank: int
     ) -> tuple[Solution[Any], Tensors]:
+        solution = self._ladder(part, method, layer, statistics).at(rank)
+        return solution, self._tensors(part, solution.weights, solution.pairs)
+
+    def _ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
         family, heads, (module, expert) = self.family.description, self._heads(layer), part
-        if module == "mlp":
-            weights = read_mlp(layer, family, expert)
-            if expert is not None:
-                statistics = _for_expert(statistics, expert, weights)
-            mlp = method.mlp(weights, statistics, rank)
-            return mlp, mlp_tensors(mlp.weights, family, expert)
         if module == "qk":
-            qk = method.query_key(read_query_key(layer, family, heads), statistics, rank)
-            return qk, query_key_tensors(qk.weights, qk.pairs, family)
-        vo = method.value_output(read_value_output(layer, family, heads), statistics, rank)
-        return vo, value_output_tensors(vo.weights, family)
+            return method.query_key(read_query_key(layer, family, heads), statistics)
+        if module == "vo":
+            return method.value_output(read_value_output(layer, family, heads), statistics)
+        weights = read_mlp(layer, family, expert)
+        if expert is not None:
+            statistics = _for_expert(statistics, expert, weights)
+        return method.mlp(weights, statistics)
+
+    def _tensors(self, part: Part, weights: Any, pairs: torch.Tensor | None) -> Tensors:
+        """A part's compressed ``weights`` as in the compressed layer's state dict."""
+        family, (module, expert) = self.family.description, part
+        if module == "mlp":
+            return mlp_tensors(weights, family, expert)
+        return query_key_tensors(weights, pairs, family) if module == "qk" else value_output_tensors(weights, family)
 
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self.dense.model.config, self.family.description)
@@ -466,11 +478,12 @@ def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -
     """The statistics of one expert, made up for where it saw fewer tokens than it has channels."""
     assert statistics.expert_tokens is not None
     own = statistics.of_expert(expert)
-    if own.tokens >= own.mlp.shape[-1]:
+    gram = own["mlp"]
+    if own.tokens >= gram.shape[-1]:
         return own
-    energy = statistics.mlp.diagonal(dim1=-2, dim2=-1).mean(-1).sum()
+    energy = statistics["mlp"].diagonal(dim1=-2, dim2=-1).mean(-1).sum()
     level = float(energy) / max(1, sum(statistics.expert_tokens))
-    return replace(own, mlp=with_pseudo_tokens(own.mlp, own.tokens, weights.inputs, level))
+    return own.with_mlp(with_pseudo_tokens(gram, own.tokens, weights.inputs, level))
 
 
 def _result(outcomes: Sequence[Outcome], rank: int, full: int) -> ModuleResult:

@@ -47,6 +47,12 @@ class HeadShape:
         return 2 if self.rotary else 1
 
 
+def rotary_pairs(rotary: int, neighbours: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second channel of every rotary pair of a head: (R / 2,) each, see :class:`HeadShape`."""
+    index = torch.arange(rotary // 2, device=device)
+    return (2 * index, 2 * index + 1) if neighbours else (index, index + rotary // 2)
+
+
 def rotary_channels(config: PreTrainedConfig, family: Family, head: int) -> int:
     """How many of the ``head`` channels of a head a rotary embedding turns."""
     if family.rotary is None or not family.partial_rotary:

@@ -383,7 +383,10 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
     heads, experts = HeadShape.of(layer, model.model.config, family), expert_count(layer, family)
     with observable(model.model), LayerRunner(model, [batch], Workers()).active() as runner:
         for _ in range(_PROBES):
-            with clock("calibrate"), (collector := StatisticsCollector(layer, family, heads)).attached():
+            with (
+                clock("calibrate"),
+                (collector := StatisticsCollector(layer, family, heads, method.statistics)).attached(),
+            ):
                 runner.run_layer(0, hidden, keep=False, before=collector.next_batch)
             with clock("forward"):
                 runner.run_layer(0, hidden)
@@ -394,11 +397,11 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
     of_mlp = statistics.of_expert(0) if experts else statistics
     if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (2 * sizes.experts):
         # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
-        of_mlp.mlp.diagonal().add_(of_mlp.mlp.diagonal().mean().clamp_min(1))
+        of_mlp["mlp"].diagonal().add_(of_mlp["mlp"].diagonal().mean().clamp_min(1))
     with clock("solve"):
-        method.mlp(read_mlp(layer, family, 0 if experts else None), of_mlp, rank(sizes.intermediate))
-        method.query_key(read_query_key(layer, family, heads), statistics, rank(sizes.head // heads.step))
-        method.value_output(read_value_output(layer, family, heads), statistics, rank(sizes.head))
+        method.mlp(read_mlp(layer, family, 0 if experts else None), of_mlp).at(rank(sizes.intermediate))
+        method.query_key(read_query_key(layer, family, heads), statistics).at(rank(sizes.head // heads.step))
+        method.value_output(read_value_output(layer, family, heads), statistics).at(rank(sizes.head))
     return seconds
 
 

@@ -11,10 +11,10 @@ float32 activations bring along. The decompositions treat what is below it as ze
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,7 +25,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .data import TokenWindows
-from .layout import HeadShape, expert_count, intermediate_size
+from .layout import HeadShape, expert_count, intermediate_size, query_key_value
+from .logits import attended, logit_features
 from .modeling import FAMILIES, Family, is_joint
 from .parallel import Workers
 
@@ -76,58 +77,77 @@ class GramSum:
         return self._sum
 
 
-@dataclass
+#: Sums over tokens that a method can ask for; notation: d hidden size, m intermediate size, G key-value heads, g query
+#: heads each, H = G g, h head size.
+#:
+#: mlp              C = Z^T Z of the input of the MLP's output map: (m, m). Of E experts: (E, m, m), each over the
+#:                  tokens that are routed to it, times the router's weight, as the expert's output is
+#: attention_input  C = X^T X of the attention block's input, after its norm: (d, d)
+#: query, key       C_q and C_k of every head after the rotary embedding: (G, g, h, h) and (G, h, h)
+#: head_outputs     C = Z^T Z of what all heads put out, without the value bias: (H h, H h)
+#: logits           F, the covariance of the features of every head's logits: (G, g, h, h), see decompositions.logits
+Statistic = Literal["mlp", "attention_input", "query", "key", "head_outputs", "logits"]
+#: These are always gathered, where queries and keys are normed: U = sum of u^T u, u_i = n x_i^2 / sum_j x_j^2 for the n
+#: channels that go into a norm. Of queries (G, g, h, h) and keys (G, h, h), or, for norms over all heads,
+#: (H h, H h) and (G h, G h).
+Squares = Literal["query_squares", "key_squares"]
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
-    """Second moments of one layer's activations, summed over ``tokens`` real (unmasked) tokens; all float64.
+    """Second moments of one layer's activations, summed over ``tokens`` real (unmasked) tokens; all float64."""
 
-    Notation: d hidden size, m intermediate size, G key-value heads, g query heads each, h head size.
-    """
-
-    mlp: torch.Tensor
-    """C = Z^T Z of the input of the MLP's output map: (m, m). Of E experts: (E, m, m), each over the tokens that are
-    routed to it, times the router's weight, as the expert's output is."""
-    attention_input: torch.Tensor
-    """C = X^T X of the attention block's input, after its norm: (d, d)."""
-    query: torch.Tensor
-    """C_q of every head after the rotary embedding: (G, g, h, h)."""
-    key: torch.Tensor
-    """C_k of every key head after the rotary embedding: (G, h, h)."""
+    sums: Mapping[Statistic | Squares, torch.Tensor]
     tokens: int = 0
     resolution: float = 0.0
     """Relative precision of the products: those of float32, or of float64 for a model in float64."""
-    query_squares: torch.Tensor | None = None
-    """Where queries are normed: U = sum of u^T u, u_i = n x_i^2 / sum_j x_j^2 for the n channels that go into a norm.
-    (G, g, h, h), or (H h, H h) for a norm over all heads."""
-    key_squares: torch.Tensor | None = None
-    """The same of keys: (G, h, h) or (G h, G h)."""
     expert_tokens: tuple[int, ...] | None = None
     """Tokens routed to each expert, where there are experts."""
 
+    def __getitem__(self, name: Statistic) -> torch.Tensor:
+        """One of the sums; raises ``KeyError`` where it was not asked for."""
+        return self.sums[name]
+
+    def squares(self, name: Squares) -> torch.Tensor | None:
+        """The normalised squares of queries or keys; None where they have no norm."""
+        return self.sums.get(name)
+
     def is_finite(self) -> bool:
         """Whether every sum is free of NaN and infinity."""
-        sums = (self.mlp, self.attention_input, self.query, self.key, self.query_squares, self.key_squares)
-        return all(bool(x.isfinite().all()) for x in sums if x is not None)
+        return all(bool(x.isfinite().all()) for x in self.sums.values())
 
     def of_expert(self, expert: int) -> LayerStatistics:
         """The same with the MLP correlation and the tokens of one expert."""
         assert self.expert_tokens is not None
-        return replace(self, mlp=self.mlp[expert], tokens=self.expert_tokens[expert], expert_tokens=None)
+        return replace(self.with_mlp(self["mlp"][expert]), tokens=self.expert_tokens[expert], expert_tokens=None)
+
+    def with_mlp(self, gram: torch.Tensor) -> LayerStatistics:
+        """The same with another MLP correlation."""
+        return replace(self, sums={**self.sums, "mlp": gram})
 
 
-AttentionObserver = Callable[[torch.Tensor, torch.Tensor], None]
+AttentionObserver = Callable[..., None]
 _observers: WeakKeyDictionary[nn.Module, AttentionObserver] = WeakKeyDictionary()
 
 
 def _observing(implementation: str) -> str:
-    """Register an attention function that shows queries and keys to an observer, then computes as before."""
+    """Register an attention function that shows queries, keys and mask to an observer, then computes as before."""
     name = f"modegpt_observing_{implementation}"
 
-    def attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **options: Any,
+    ) -> Any:
         if (observer := _observers.get(module)) is not None:
-            observer(query, key)
+            observer(query, key, attention_mask, options)
+        compute = sdpa_attention_forward
         if implementation == "eager":  # not registered by Transformers: every family has its own
-            return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, *args, **kwargs)
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+            compute = sys.modules[type(module).__module__].eager_attention_forward
+        return compute(module, query, key, value, attention_mask, **options)
 
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
@@ -153,13 +173,15 @@ def observable(model: PreTrainedModel) -> Iterator[None]:
 class StatisticsCollector:
     """Accumulates the :class:`LayerStatistics` of one stock decoder layer while it runs."""
 
-    def __init__(self, layer: nn.Module, family: Family, shape: HeadShape) -> None:
+    def __init__(self, layer: nn.Module, family: Family, shape: HeadShape, wanted: Collection[Statistic]) -> None:
         self._attention = layer.get_submodule(family.attention)
         self._family = family
         self._shape = shape
+        self._wanted = wanted
         self._mask: torch.Tensor | None = None
-        self._sums = {name: GramSum() for name in ("attention_input", "query", "key")}
+        self._sums: dict[str, GramSum] = {}
         self._tokens = 0
+        _, _, (_, self._value_bias) = query_key_value(layer, family, shape)
         self._experts: nn.Module | None = None
         self._mlp_output: nn.Module | None = None
         if count := expert_count(layer, family):
@@ -170,15 +192,21 @@ class StatisticsCollector:
             self._routed = torch.zeros(count, dtype=torch.int64, device=device)
         else:
             self._mlp_output = layer.get_submodule(family.mlp_output)
-            self._sums["mlp"] = GramSum()
+        if "logits" in wanted:
+            device, h = next(layer.parameters()).device, shape.head
+            self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=device)
+            self._logit_sums = [GramSum(out) for out in self._logits]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Collect from every forward of the layer within this context."""
         attention, family = self._attention, self._family
-        hooks = [
-            attention.get_submodule(family.input_maps[-1]).register_forward_pre_hook(self._input("attention_input"))
-        ]
+        hooks = []
+        if "attention_input" in self._wanted:
+            inputs = attention.get_submodule(family.input_maps[-1])
+            hooks.append(inputs.register_forward_pre_hook(self._input("attention_input")))
+        if "head_outputs" in self._wanted:
+            hooks.append(attention.get_submodule(family.output).register_forward_pre_hook(self._head_outputs))
         if self._experts is None:
             assert self._mlp_output is not None
             hooks.append(self._mlp_output.register_forward_pre_hook(self._input("mlp")))
@@ -197,19 +225,25 @@ class StatisticsCollector:
 
     def next_batch(self, batch: TokenWindows) -> None:
         """Announce the batch about to run."""
+        self._real = batch.mask
         self._mask = None if batch.mask is None else batch.mask.flatten()
         self._tokens += batch.tokens
 
     def result(self, workers: Workers) -> LayerStatistics:
         """The statistics of everything that all workers have seen."""
         sums = {name: gram.total(workers) for name, gram in self._sums.items()}
+        grams, routed = list(self._sums.values()), None
+        if "logits" in self._wanted:
+            for gram in self._logit_sums:
+                gram.total(workers)
+            sums["logits"] = self._logits
+            grams += self._logit_sums
         lead = (self._shape.groups, self._shape.heads // self._shape.groups)
-        for name in ("query", "query_squares"):
+        for name in ("query", "query_squares", "logits"):
             if name in sums and sums[name].dim() == 3:
                 sums[name] = sums[name].unflatten(0, lead)
-        tokens = torch.tensor(self._tokens, device=sums["query"].device)
+        tokens = torch.tensor(self._tokens, device=next(iter(sums.values())).device)
         workers.sum(tokens)
-        grams, routed = list(self._sums.values()), None
         if self._experts is not None:
             for gram in self._expert_sums:
                 gram.total(workers)
@@ -217,7 +251,7 @@ class StatisticsCollector:
             sums["mlp"], routed = self._mlp, tuple(self._routed.tolist())
             grams += self._expert_sums
         resolution = max(gram.resolution for gram in grams)
-        return LayerStatistics(**sums, tokens=int(tokens), resolution=resolution, expert_tokens=routed)
+        return LayerStatistics(cast(Any, sums), int(tokens), resolution, routed)
 
     def _count(self, name: str) -> int:
         return self._shape.heads if name == "query" else self._shape.groups
@@ -225,9 +259,24 @@ class StatisticsCollector:
     def _input(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _, args: self._add(name, args[0].flatten(0, -2))
 
-    def _observe(self, query: torch.Tensor, key: torch.Tensor) -> None:
-        for name, x in (("query", query), ("key", key)):
-            self._add(name, x.transpose(1, 2).flatten(0, 1))  # (B T, heads, h)
+    def _head_outputs(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        outputs = args[0].flatten(0, -2)
+        if self._value_bias is not None:  # it goes to the output whatever the attention is
+            per_group = self._shape.heads // self._shape.groups
+            outputs = outputs - self._value_bias.repeat_interleave(per_group, 0).flatten().to(outputs.dtype)
+        self._add("head_outputs", outputs)
+
+    def _observe(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
+    ) -> None:
+        if "query" in self._wanted:
+            for name, x in (("query", query), ("key", key)):
+                self._add(name, x.transpose(1, 2).flatten(0, 1))  # (B T, heads, h)
+        if "logits" in self._wanted:
+            scaling, softcap = options["scaling"], options.get("softcap")
+            seen = attended(query, key, mask, real=self._real, scaling=scaling, softcap=softcap)
+            for stands_for, attention in seen:
+                self._logit_sums[attention.head].add(logit_features(attention, self._shape) * stands_for**0.5)
 
     def _squares(self, name: str, joint: bool) -> Callable[..., None]:
         def observe(_: nn.Module, __: Any, output: torch.Tensor) -> None:

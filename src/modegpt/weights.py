@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .decompositions import norm_energy
-from .layout import HeadShape, Map, Norm, linear, mlp_maps, norms, query_key_value
+from .decompositions import norm_energy, rotate
+from .layout import HeadShape, Map, Norm, linear, mlp_maps, norms, query_key_value, rotary_pairs
 from .modeling import Family
 
 
@@ -30,6 +30,14 @@ class MLPWeights:
     """Each (m,)."""
     output: torch.Tensor
     """W_D (m, d)."""
+
+    def select(self, kept: torch.Tensor, output: torch.Tensor) -> MLPWeights:
+        """Only the channels ``kept`` (k,), with W_D' = ``output`` (k, d)."""
+        return MLPWeights(
+            inputs=tuple(weight[:, kept] for weight in self.inputs),
+            input_biases=tuple(None if bias is None else bias[kept] for bias in self.input_biases),
+            output=output,
+        )
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,21 @@ class QueryKeyWeights:
     """Channels of a head that the rotary embedding turns."""
     neighbours: bool = False
     """How it pairs them, see :class:`modegpt.layout.HeadShape`."""
+
+    @property
+    def full_rank(self) -> int:
+        """Rotary pairs, or channels where none rotate, of a head."""
+        return self.query.shape[-1] // (2 if self.rotary else 1)
+
+    def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the second channel of every rotary pair."""
+        return rotary_pairs(self.rotary, self.neighbours, self.query.device)
+
+    def turned(self, coefficients: torch.Tensor) -> QueryKeyWeights:
+        """With queries whose pairs are rotated and scaled by ``coefficients`` (G, g, h): see :func:`rotate`."""
+        pairs = self.rotary_pairs()
+        bias = None if self.query_bias is None else rotate(self.query_bias, coefficients, *pairs)
+        return replace(self, query=rotate(self.query, coefficients.unsqueeze(-2), *pairs), query_bias=bias)
 
     def select(
         self, channels: torch.Tensor, query_squares: torch.Tensor | None, key_squares: torch.Tensor | None

@@ -1,24 +1,44 @@
-"""The paper's three decompositions, and what goes with them, as pure functions: tensors in, tensors out, in float64.
+"""The paper's three decompositions, those that improve on them, and what goes with them.
+
+Pure functions: tensors in, tensors out, in float64.
 
 Orientation follows the paper: rows are tokens and a linear map is ``y = x W``.
 """
 
 from .cr import CRDecomposition, channel_scores, couples, cr_decomposition
+from .elimination import Elimination, greedy_elimination, refit, regularised
 from .experts import with_pseudo_tokens
+from .linalg import top_indices
+from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate
 from .norm import norm_energy
 from .nystrom import NystromDecomposition, nystrom_decomposition, ridge_leverage_scores
-from .svd import SVDDecomposition, svd_decomposition
+from .svd import SVDDecomposition, balance, svd_decomposition
+from .values import ValueLadder, energy_bases, group_bases, value_ladder
 
 __all__ = [
     "CRDecomposition",
+    "Elimination",
+    "LogitLadder",
     "NystromDecomposition",
     "SVDDecomposition",
+    "ValueLadder",
+    "balance",
     "channel_scores",
     "couples",
     "cr_decomposition",
+    "energy_bases",
+    "greedy_elimination",
+    "group_bases",
+    "kept_coefficients",
+    "logit_ladder",
     "norm_energy",
     "nystrom_decomposition",
+    "refit",
+    "regularised",
     "ridge_leverage_scores",
+    "rotate",
     "svd_decomposition",
+    "top_indices",
+    "value_ladder",
     "with_pseudo_tokens",
 ]

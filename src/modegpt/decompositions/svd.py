@@ -54,18 +54,18 @@ def svd_decomposition(
     mixed = (singular.unsqueeze(-1) * basis.mT).unsqueeze(-3) @ output  # S V^T W_o,j: (..., g, h, d)
     norm = float(mixed.square().sum())
     if output.shape[-3] > 1:
-        thin_value, thin_output = _balance(whiten[..., :rank], mixed[..., :rank, :])
+        thin_value, thin_output = balance(whiten[..., :rank], mixed[..., :rank, :])
         return SVDDecomposition(thin_value, thin_output, error=float(mixed[..., rank:, :].square().sum()), norm=norm)
     left, second, right = torch.linalg.svd(mixed.squeeze(-3), full_matrices=False)  # U', S', V'^T
     thin_output = (second[..., :rank, None] * right[..., :rank, :]).unsqueeze(-3)
     missing = max(0, rank - second.shape[-1])  # heads wider than the model have no more directions than it has
     thin_output = torch.nn.functional.pad(thin_output, (0, 0, 0, missing))
     thin_value = torch.nn.functional.pad(whiten @ left[..., :rank], (0, missing))
-    thin_value, thin_output = _balance(thin_value, thin_output)
+    thin_value, thin_output = balance(thin_value, thin_output)
     return SVDDecomposition(thin_value, thin_output, error=float(second[..., rank:].square().sum()), norm=norm)
 
 
-def _balance(value: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def balance(value: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale each channel so that its value column and its output rows are equally long.
 
     The product is the same. Unbalanced, values would have unit energy over all calibration tokens together,

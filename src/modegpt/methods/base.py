@@ -1,20 +1,25 @@
-"""What a compression method is: one solver per module type, given the weights, their statistics and a rank."""
+"""What a compression method is: for each module type a ladder of solutions, one for every rank."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 
-from ..statistics import LayerStatistics
+from ..statistics import LayerStatistics, Statistic
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
 
 Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights)
+
+#: Ranks at which the error is computed, evenly spread, where a method does not know all of them.
+_PROBED = 8
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,10 @@ class Solution(Generic[Weights]):
 
     weights: Weights
     error: float
-    """Squared Frobenius norm of the change of the module's output, in the method's own objective."""
+    """The method's own objective: where not said otherwise, the squared Frobenius norm of the change of the module's
+    output."""
     norm: float
-    """Squared Frobenius norm of the dense module's output, for attention summed over its heads."""
+    """The same of losing the module altogether."""
     kept: torch.Tensor | None = None
     """Kept channels, (m',) or of every group (G, d_qk), where the method selects; None where it mixes."""
     pairs: torch.Tensor | None = None
@@ -37,11 +43,39 @@ class Solution(Generic[Weights]):
         return (self.error / self.norm) ** 0.5 if self.norm > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Ladder(Generic[Weights]):
+    """The solutions of one module at every rank from 1 to ``full``."""
+
+    full: int
+    at: Callable[[int], Solution[Weights]]
+    errors: torch.Tensor | None = None
+    """The objective at ranks 0, 1, ..., ``full``, where a method knows it without solving: (full + 1,) float64."""
+
+    def curve(self) -> torch.Tensor:
+        """The objective at ranks 0, 1, ..., ``full``, never increasing; interpolated between some where not known."""
+        errors = self._probed() if self.errors is None else self.errors
+        return errors.clamp_min(0).flip(0).cummax(0).values.flip(0)
+
+    def _probed(self) -> torch.Tensor:
+        ranks: list[int] = sorted({max(1, round(self.full * step / _PROBED)) for step in range(_PROBED)})
+        known: list[Solution[Weights]] = [self.at(rank) for rank in ranks]
+        points = [(0, known[0].norm), *((rank, one.error) for rank, one in zip(ranks, known, strict=True))]
+        points.append((self.full, 0.0))
+        curve = torch.zeros(self.full + 1, dtype=torch.float64)
+        for (low, above), (high, below) in pairwise(points):
+            share = torch.linspace(0, 1, high - low + 1, dtype=torch.float64)
+            curve[low : high + 1] = above + (below - above) * share
+        return curve
+
+
 class Method(ABC):
     """A compression method: three solvers, one per module type. Subclasses are registered by name."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    statistics: ClassVar[frozenset[Statistic]]
+    """What the solvers read."""
 
     @classmethod
     @abstractmethod
@@ -49,15 +83,13 @@ class Method(ABC):
         """The method with those of the run's options that concern it."""
 
     @abstractmethod
-    def mlp(self, weights: MLPWeights, statistics: LayerStatistics, rank: int) -> Solution[MLPWeights]:
-        """Keep ``rank`` intermediate channels."""
+    def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
+        """A rank is a number of intermediate channels."""
 
     @abstractmethod
-    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics, rank: int) -> Solution[QueryKeyWeights]:
-        """Keep ``rank`` rotary pairs per key-value head."""
+    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
+        """A rank is a number of rotary pairs per key-value head, or of channels where none rotate."""
 
     @abstractmethod
-    def value_output(
-        self, weights: ValueOutputWeights, statistics: LayerStatistics, rank: int
-    ) -> Solution[ValueOutputWeights]:
-        """Make values ``rank`` wide in every head."""
+    def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
+        """A rank is the width of the values of every head."""

@@ -1,4 +1,4 @@
-"""MoDeGPT as published: Algorithm 1 (Nystroem), Algorithm 2 (CR) and Algorithm 3 (SVD) with appendix B.1."""
+"""The paper's method: Algorithms 1, 2 and 3."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..decompositions import cr_decomposition, nystrom_decomposition, svd_decomposition
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import Method, Solution
+from .base import Ladder, Method, Solution
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
@@ -18,6 +18,7 @@ class ModeGPT(Method):
 
     name = "modegpt"
     summary = "the paper's algorithms: Nystroem for the MLP, CR for query-key, SVD for value-output"
+    statistics = frozenset({"mlp", "attention_input", "query", "key"})
 
     def __init__(self, ridge: float) -> None:
         self.ridge = ridge
@@ -27,38 +28,37 @@ class ModeGPT(Method):
         """With the ridge that ``config`` gives."""
         return cls(config.ridge)
 
-    def mlp(self, weights: MLPWeights, statistics: LayerStatistics, rank: int) -> Solution[MLPWeights]:
+    def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """Algorithm 1."""
-        result = nystrom_decomposition(statistics.mlp, weights.output, rank, self.ridge, statistics.resolution)
-        kept = result.kept
-        return Solution(
-            MLPWeights(
-                inputs=tuple(weight[:, kept] for weight in weights.inputs),
-                input_biases=tuple(None if bias is None else bias[kept] for bias in weights.input_biases),
-                output=result.output,
-            ),
-            result.error,
-            result.norm,
-            kept,
-        )
 
-    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics, rank: int) -> Solution[QueryKeyWeights]:
+        def at(rank: int) -> Solution[MLPWeights]:
+            result = nystrom_decomposition(statistics["mlp"], weights.output, rank, self.ridge, statistics.resolution)
+            return Solution(weights.select(result.kept, result.output), result.error, result.norm, result.kept)
+
+        return Ladder(len(weights.output), at)
+
+    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """Algorithm 2, one selection per key-value head."""
-        result = cr_decomposition(
-            statistics.query, statistics.key, rank, rotary=weights.rotary, neighbours=weights.neighbours
-        )
-        kept = weights.select(result.channels, statistics.query_squares, statistics.key_squares)
-        return Solution(kept, result.error, result.norm, result.channels, result.pairs)
 
-    def value_output(
-        self, weights: ValueOutputWeights, statistics: LayerStatistics, rank: int
-    ) -> Solution[ValueOutputWeights]:
+        def at(rank: int) -> Solution[QueryKeyWeights]:
+            result = cr_decomposition(
+                statistics["query"], statistics["key"], rank, rotary=weights.rotary, neighbours=weights.neighbours
+            )
+            kept = weights.select(
+                result.channels, statistics.squares("query_squares"), statistics.squares("key_squares")
+            )
+            return Solution(kept, result.error, result.norm, result.channels, result.pairs)
+
+        return Ladder(weights.full_rank, at)
+
+    def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """Algorithm 3, or appendix B.1 where several heads share one value head."""
-        result = svd_decomposition(
-            statistics.attention_input, weights.value, weights.output, rank, statistics.resolution
-        )
-        return Solution(
-            ValueOutputWeights(value=result.value, output=result.output, output_bias=weights.output_bias),
-            result.error,
-            result.norm,
-        )
+
+        def at(rank: int) -> Solution[ValueOutputWeights]:
+            result = svd_decomposition(
+                statistics["attention_input"], weights.value, weights.output, rank, statistics.resolution
+            )
+            thin = ValueOutputWeights(value=result.value, output=result.output, output_bias=weights.output_bias)
+            return Solution(thin, result.error, result.norm)
+
+        return Ladder(weights.value.shape[-1], at)

@@ -1,0 +1,139 @@
+"""What costs least goes, one by one, and what stays is fitted to make up for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..decompositions import (
+    ValueLadder,
+    balance,
+    channel_scores,
+    couples,
+    energy_bases,
+    greedy_elimination,
+    group_bases,
+    kept_coefficients,
+    logit_ladder,
+    refit,
+    regularised,
+    ridge_leverage_scores,
+    top_indices,
+    value_ladder,
+)
+from ..statistics import LayerStatistics
+from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from .base import Ladder, Method, Solution
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
+
+#: Of the logits' features, in units of each one's variance.
+LOGIT_RIDGE = 1e-2
+
+
+class Greedy(Method):
+    """Greedy elimination and joint least-squares fits, each on an objective the paper's algorithm bounds or leaves out.
+
+    A greedy choice can be worse than another one. So at the rank asked for the choice of the paper's rule is fitted
+    as well, and the better of both is taken. ``ridge`` is lambda in units of the mean activation energy.
+    """
+
+    name = "greedy"
+    summary = "channels and rotary pairs go one by one, those that stay are re-fitted; values as heads put them out"
+    statistics = frozenset({"mlp", "query", "key", "logits", "head_outputs"})
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+
+    @classmethod
+    def from_config(cls, config: CompressionConfig) -> Greedy:
+        """With the ridge that ``config`` gives."""
+        return cls(config.ridge)
+
+    def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
+        """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""
+        gram, output = statistics["mlp"], weights.output
+        matrix = regularised(gram, self.ridge)
+        result = greedy_elimination(matrix, output)
+        norm = float((output * (gram @ output)).sum())
+
+        def at(rank: int) -> Solution[MLPWeights]:
+            choices = [result.kept(rank)]
+            if rank < len(output):
+                choices.append(top_indices(ridge_leverage_scores(gram, self.ridge), rank))
+            fits = [(kept, *refit(matrix, output, kept)) for kept in choices]
+            kept, fitted, error = min(fits, key=lambda fit: fit[2])
+            return Solution(weights.select(kept, fitted), error, norm, kept)
+
+        errors = torch.cat((result.errors, result.errors.new_tensor([norm]))).flip(0)
+        return Ladder(len(output), at, errors)
+
+    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
+        """:mod:`modegpt.decompositions.logits`, or Algorithm 2's pairs.
+
+        Where queries are normed, pairs are chosen as if the others could make up for them, but cannot be turned.
+        """
+        features, rotary = statistics["logits"], weights.rotary
+        h = features.shape[-1]
+        target = torch.ones(h, dtype=features.dtype, device=features.device)
+        if rotary:
+            target[weights.rotary_pairs()[1]] = 0.0
+            scores = features.diagonal(dim1=-2, dim2=-1).sum(1)
+            first, second, pair = couples(scores, rotary, weights.neighbours)
+            units = torch.stack((first, second), dim=-1)
+        else:
+            units, pair = torch.arange(h, device=features.device).expand(len(features), -1).unsqueeze(-1), None
+        ladder = logit_ladder(features, units, target, LOGIT_RIDGE)
+        norm = float(ladder.errors[-1]) if len(ladder.errors) == 1 else _quadratic(features, target)
+
+        def at(rank: int) -> Solution[QueryKeyWeights]:
+            choices = [ladder.at(rank)[0]]
+            if rank < units.shape[1]:
+                choices.append(_units_by_score(statistics, units, rank))
+            fits = [(kept, *kept_coefficients(features, units, kept, target, LOGIT_RIDGE)) for kept in choices]
+            kept, coefficients, error = min(fits, key=lambda fit: fit[2])
+            channels = units.gather(1, kept.unsqueeze(-1).expand(-1, -1, units.shape[-1])).mT.flatten(1)
+            turned = weights if weights.query_norm or rank == units.shape[1] else weights.turned(coefficients)
+            thin = turned.select(channels, statistics.squares("query_squares"), statistics.squares("key_squares"))
+            return Solution(thin, error, norm, channels, None if pair is None else pair.gather(1, kept))
+
+        errors = torch.cat((ladder.errors, ladder.errors.new_tensor([norm]))).flip(0)
+        return Ladder(units.shape[1], at, errors)
+
+    def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
+        """:mod:`modegpt.decompositions.values`, with the bases of a joint SVD or those of appendix B.1."""
+        gram, output = statistics["head_outputs"], weights.output
+        matrix = regularised(gram, self.ridge)
+        ladders = [value_ladder(matrix, output, basis(matrix, output)) for basis in (group_bases, energy_bases)]
+        full = output.shape[-2]
+        stacked = output.flatten(0, 2)
+        norm = float((stacked * (gram @ stacked)).sum())
+
+        def at(rank: int) -> Solution[ValueOutputWeights]:
+            if rank == full:
+                return Solution(weights, 0.0, norm)
+            best = min(ladders, key=lambda ladder: float(ladder.errors[rank]))
+            return Solution(_with_basis(weights, best, rank), float(best.errors[rank]), norm)
+
+        return Ladder(full, at, torch.minimum(*(ladder.errors for ladder in ladders)))
+
+
+def _quadratic(features: torch.Tensor, target: torch.Tensor) -> float:
+    """The sum over the heads of c^T F c."""
+    return float((target * (features @ target)).sum())
+
+
+def _units_by_score(statistics: LayerStatistics, units: torch.Tensor, rank: int) -> torch.Tensor:
+    """The units (G, rank) of largest score by Algorithm 2 and appendix B.1."""
+    scores = channel_scores(statistics["query"], statistics["key"]).square()
+    of_units = scores.gather(1, units.flatten(1)).view(units.shape).sum(-1)
+    return top_indices(of_units, rank)
+
+
+def _with_basis(weights: ValueOutputWeights, ladder: ValueLadder, rank: int) -> ValueOutputWeights:
+    basis, output = ladder.at(rank)
+    value, output = balance(weights.value @ basis, output)
+    return replace(weights, value=value, output=output)

@@ -1,0 +1,155 @@
+"""Greedy elimination against brute force, least squares and the paper's choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modegpt.decompositions import (
+    greedy_elimination,
+    nystrom_decomposition,
+    refit,
+    regularised,
+    ridge_leverage_scores,
+    top_indices,
+)
+from modegpt.methods import Greedy
+from modegpt.statistics import LayerStatistics
+from modegpt.weights import MLPWeights
+
+M, D, TOKENS = 24, 7, 60
+
+
+def problem(seed: int, *, channels: int = M) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated activations Z (N, m) of very different sizes, and an output map (m, d) whose rows differ as well."""
+    draw = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(channels, channels, generator=draw, dtype=torch.float64)
+    sizes = torch.logspace(-1, 1, channels, dtype=torch.float64)[torch.randperm(channels, generator=draw)]
+    activations = torch.randn(TOKENS, channels, generator=draw, dtype=torch.float64) @ (mixing * sizes)
+    rows = torch.logspace(1, -1, channels, dtype=torch.float64)[torch.randperm(channels, generator=draw)]
+    return activations, torch.randn(channels, D, generator=draw, dtype=torch.float64) * rows[:, None]
+
+
+def objective(matrix: torch.Tensor, output: torch.Tensor, kept: torch.Tensor, fitted: torch.Tensor) -> float:
+    change = output.clone()
+    change[kept] -= fitted
+    return float((change * (matrix @ change)).sum())
+
+
+def least_squares(matrix: torch.Tensor, output: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """The minimum of J over W' by a solver that knows nothing of channels."""
+    root = torch.linalg.cholesky(matrix).T
+    fitted = torch.linalg.lstsq(root[:, kept], root @ output).solution
+    return fitted, objective(matrix, output, kept, fitted)
+
+
+def brute_force(matrix: torch.Tensor, output: torch.Tensor) -> list[int]:
+    """Every step of the greedy elimination, each by fitting what every choice leaves."""
+    left, order = list(range(len(matrix))), []
+    while len(left) > 1:
+        costs = {
+            one: least_squares(matrix, output, torch.tensor([other for other in left if other != one]))[1]
+            for one in left
+        }
+        cheapest = min(costs, key=lambda one: costs[one])
+        left.remove(cheapest)
+        order.append(cheapest)
+    return order
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_step_is_the_cheapest(seed: int) -> None:
+    activations, output = problem(seed)
+    matrix = regularised(activations.T @ activations, 1e-6)
+    for block in (1, M):
+        assert greedy_elimination(matrix, output, block).order.tolist() == brute_force(matrix, output)
+
+
+@pytest.mark.parametrize("block", [1, 5, M])
+@pytest.mark.parametrize("ridge", [1e-8, 1e-3, 1.0])
+def test_errors_are_those_of_the_least_squares_fit(ridge: float, block: int) -> None:
+    activations, output = problem(3)
+    matrix = regularised(activations.T @ activations, ridge)
+    result = greedy_elimination(matrix, output, block)
+    assert sorted([*result.order.tolist(), *result.kept(1).tolist()]) == list(range(M))
+    for rank in range(1, M + 1):
+        kept = result.kept(rank)
+        fitted, error = least_squares(matrix, output, kept)
+        ours, stated = refit(matrix, output, kept)
+        torch.testing.assert_close(ours, fitted, rtol=1e-6, atol=1e-6 * float(output.abs().max()))
+        scale = float((output * (matrix @ output)).sum())
+        assert stated == pytest.approx(error, rel=1e-6, abs=1e-9 * scale)
+        assert float(result.errors[M - rank]) == pytest.approx(error, rel=1e-6, abs=1e-9 * scale)
+
+
+def test_blocks_cost_next_to_nothing() -> None:
+    activations, output = problem(4, channels=400)
+    gram = regularised(activations.T @ activations / TOKENS + torch.eye(400), 1e-3)
+    exact, blocks = (greedy_elimination(gram, output, block).errors for block in (1, 32))
+    assert float((blocks[100:300] / exact[100:300]).max()) < 1.01
+
+
+def test_dead_and_copied_channels_go_first_and_leave_no_trace() -> None:
+    activations, output = problem(5)
+    activations[:, 3] = 0
+    activations[:, 7] = 2 * activations[:, 1]
+    matrix = regularised(activations.T @ activations, 1e-10)
+    result = greedy_elimination(matrix, output)
+    assert {int(result.order[0]), int(result.order[1])} in ({3, 7}, {3, 1})
+    norm = float((output * (matrix @ output)).sum())
+    assert float(result.errors[2]) < 1e-9 * norm < float(result.errors[3])
+    kept = result.kept(M - 2)
+    fitted, _ = refit(matrix, output, kept)
+    torch.testing.assert_close(activations[:, kept] @ fitted, activations @ output, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_decided_by_channels_without_energy() -> None:
+    result = greedy_elimination(
+        regularised(torch.zeros(4, 4, dtype=torch.float64), 1e-3) + torch.eye(4), torch.eye(4).double()
+    )
+    assert torch.equal(result.errors, torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64))
+
+
+def ours_and_the_papers(seed: int, rank: int, ridge: float) -> tuple[float, float]:
+    """Our objective, and that of the paper's channels and output map."""
+    activations, output = problem(seed, channels=8)
+    gram = activations.T @ activations
+    weights = MLPWeights((torch.zeros(3, 8),), (None,), output)
+    ours = Greedy(ridge).mlp(weights, LayerStatistics({"mlp": gram})).at(rank)
+    paper = nystrom_decomposition(gram, output, rank, ridge)
+    return ours.error, objective(regularised(gram, ridge), output, paper.kept, paper.output)
+
+
+def test_never_worse_than_the_paper() -> None:
+    for seed in range(200):
+        for rank in (2, 4, 6):
+            ours, theirs = ours_and_the_papers(seed, rank, 1e-4)
+            assert ours <= theirs * (1 + 1e-9), (seed, rank)
+
+
+def test_the_paper_is_followed_where_greedy_steps_lead_astray() -> None:
+    followed = 0
+    for seed in range(300):
+        draw = torch.Generator().manual_seed(seed)
+        activations = torch.randn(6, 6, generator=draw, dtype=torch.float64)
+        gram, output = activations.T @ activations, torch.eye(6, dtype=torch.float64)
+        matrix = regularised(gram, 1e-2)
+        greedy = refit(matrix, output, greedy_elimination(matrix, output).kept(2))[1]
+        chosen = top_indices(ridge_leverage_scores(gram, 1e-2), 2)
+        paper = refit(matrix, output, chosen)[1]
+        if paper < greedy * (1 - 1e-6):
+            followed += 1
+            weights = MLPWeights((torch.zeros(3, 6),), (None,), output)
+            ours = Greedy(1e-2).mlp(weights, LayerStatistics({"mlp": gram})).at(2)
+            assert ours.error == pytest.approx(paper)
+            assert torch.equal(ours.kept, chosen)
+    assert followed > 0
+
+
+def test_much_better_than_the_paper_where_output_rows_differ() -> None:
+    _, output = problem(6)
+    activations = torch.randn(TOKENS, M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = activations.T @ activations
+    weights = MLPWeights((torch.zeros(3, M),), (None,), output)
+    ours = Greedy(1e-4).mlp(weights, LayerStatistics({"mlp": gram})).at(M // 2).error
+    assert ours < 0.2 * nystrom_decomposition(gram, output, M // 2, 1e-4).error
