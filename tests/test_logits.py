@@ -73,7 +73,7 @@ def test_every_step_is_the_cheapest_for_all_heads_of_a_group(ridge: float, size:
                 for unit in left
             }
             left.remove(min(costs, key=lambda unit: costs[unit]))
-    torch.testing.assert_close(ladder.errors, torch.tensor(totals, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ladder.errors, torch.tensor(totals, dtype=torch.float64), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2])
