@@ -35,6 +35,7 @@ from modegpt.errors import InvalidRequest
 from modegpt.journal import Journal, work_directory
 from modegpt.parallel import ProcessGroup, Workers
 from modegpt.report import CompressionReport, RunFacts
+from modegpt.solving import LayerSolver
 from modegpt.sources import ModelSource
 
 # Seven windows are shared unevenly by two and by three; two windows of evaluation leave the third worker none.
@@ -121,11 +122,11 @@ def interrupting_after(layer: int) -> Callable[..., None]:
 
 def killed(rank: str, log: str, *command: str) -> None:
     """``modegpt`` in a group whose ``rank`` kills itself after layer 1, unless it was started again already."""
-    solve, keep, complete = Engine._solve, Engine._keep, DiskActivations.complete
+    solve, keep, complete = LayerSolver.ladders, Engine._keep, DiskActivations.complete
     mine = os.environ["RANK"]
     dies = parallel.restarts() == 0 and mine == rank
 
-    def logged_solve(self: Engine, index: int, *args: Any) -> Any:
+    def logged_solve(self: LayerSolver, index: int, *args: Any) -> Any:
         with open(log, "a") as file:
             file.write(f"{parallel.restarts()} {index}\n")
         return solve(self, index, *args)
@@ -149,7 +150,7 @@ def killed(rank: str, log: str, *command: str) -> None:
             time.sleep(0.01)
         time.sleep(0 if mine != rank else 1)
     with (
-        patch.object(Engine, "_solve", logged_solve),
+        patch.object(LayerSolver, "ladders", logged_solve),
         patch.object(Engine, "_keep", deadly_keep),
         patch.object(DiskActivations, "complete", deadly_complete),
         patch.object(sys, "argv", ["modegpt", *command]),
@@ -481,14 +482,14 @@ def test_hidden_states_that_only_some_workers_have_are_not_used(
     command: Callable[..., list[object]], alone: Path, tmp_path: Path
 ) -> None:
     arguments = command(tmp_path / "small", "--offload-folder", tmp_path / "states")
-    solve = Engine._solve
+    solve = LayerSolver.ladders
 
-    def interrupted_solve(self: Engine, index: int, *args: Any) -> Any:
+    def interrupted_solve(self: LayerSolver, index: int, *args: Any) -> Any:
         if index == 2:
             raise KeyboardInterrupt
         return solve(self, index, *args)
 
-    with patch.object(Engine, "_solve", interrupted_solve):
+    with patch.object(LayerSolver, "ladders", interrupted_solve):
         assert run_cli(*arguments).code == 130
     with patch.object(Engine, "_everywhere", lambda self, true: False):
         assert run_cli(*arguments).code == 0

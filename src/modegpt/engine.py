@@ -10,9 +10,9 @@ worker and many.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,37 +24,24 @@ from .activations import Activations, DiskActivations
 from .allocation import allocate
 from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_sparsity
 from .config import CompressionConfig
-from .costs import Sizes, solve_flops, spread
 from .data import TokenWindows
-from .decompositions import with_pseudo_tokens
 from .errors import NumericalError
 from .evaluation import Loss
 from .families import model_geometry
 from .journal import Journal
 from .layered import LayeredModel, place, resident
-from .layout import HeadShape, expert_count
-from .methods import METHODS, Ladder, Method, Solution
-from .modeling import Family
+from .layout import HeadShape
+from .methods import METHODS, Method
 from .parallel import Workers
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult
 from .runner import Capture, LayerRunner
+from .solving import LayerSolver, Tensors
 from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
 from .weights import (
-    MLPWeights,
-    cast_like,
-    complete,
     copy_rest,
-    mlp_tensors,
-    query_key_tensors,
-    read_mlp,
-    read_query_key,
-    read_value_output,
-    stack_experts,
-    value_output_tensors,
 )
 
-Tensors = dict[str, torch.Tensor]
 #: A module of a layer, or one expert of its MLP.
 Part = tuple[Module, int | None]
 _EXPERT_SEED = 1_000_003
@@ -115,7 +102,7 @@ class Engine:
         self._batches = self._own_batches(windows)
         self._runner = LayerRunner(dense, self._batches, self.workers)
         self._geometry = model_geometry(dense.model)
-        self._sizes = Sizes.of(dense.model)
+        self.solver = LayerSolver(dense, self._geometry, self.workers, self.progress)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -238,10 +225,10 @@ class Engine:
                         )
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
-                        state, modules = self._solve(
-                            index, method, layer, thin.layers[index], statistics, choice.ranks[index], seed
-                        )
-                        del statistics
+                        ladders = self.solver.ladders(index, method, layer, statistics, seed)
+                        state, modules = self.solver.cut(ladders, layer, thin.layers[index], choice.ranks[index])
+                        self._say_short_experts(index, modules)
+                        del statistics, ladders
                     results[index] = LayerResult(choice.sparsity[index], modules)
                     self._keep(index, thin, state, results[index], used=needed and not through_dense)
                     del state
@@ -306,77 +293,13 @@ class Engine:
             runner.run_layer(index, hidden)
         hidden.complete(index + 1)
 
-    def _solve(
-        self,
-        index: int,
-        method: Method,
-        layer: nn.Module,
-        thin: nn.Module,
-        statistics: LayerStatistics,
-        rank: LayerRanks,
-        seed: int,
-    ) -> tuple[Tensors, dict[Module, ModuleResult]]:
-        """Compress one layer's modules, each on the worker that has the least to do so far.
-
-        Returns, on every worker, the state of the compressed layer and the results.
-        """
-        parts = _parts(layer, self.family.description)
-        owners = spread({part: solve_flops(part[0], self._sizes) for part in parts}, self.workers.size)
-        solved: dict[Part, tuple[Tensors, Outcome]] = {}
-        with torch.random.fork_rng(devices=[self.dense.device] if self.dense.device.type == "cuda" else []):
-            for part in (part for part in parts if owners[part] == self.workers.rank):
-                module, expert = part
-                # What a method draws depends on the place alone, not on how far this process has come.
-                place_number = len(MODULES) * index + MODULES.index(module) + _EXPERT_SEED * (expert or 0)
-                torch.manual_seed((seed + place_number) % 2**63)
-                self.progress.detail(f"solving {module}" if expert is None else f"solving expert {expert}")
-                solution, tensors = self._solve_part(part, method, layer, statistics, getattr(rank, module))
-                solved[part] = tensors, Outcome.of(solution)
-        state: Tensors = {}
-        outcomes: dict[Module, list[Outcome]] = {module: [] for module in MODULES}
-        for part in parts:
-            mine = solved.pop(part, None)
-            own = None if mine is None else cast_like(mine[0], layer)
-            state |= self.workers.tensors(own, owners[part], self.dense.device)
-            outcome = self.workers.tell(None if mine is None else mine[1], owners[part])
-            assert outcome is not None
-            outcomes[part[0]].append(outcome)
-        geometry, tokens = self._geometry[index].modules, statistics.expert_tokens
-        results = {
-            module: _result(outcomes[module], getattr(rank, module), geometry[module].full) for module in MODULES
-        }
-        if tokens is not None:
-            results["mlp"] = replace(results["mlp"], expert_tokens=list(tokens))
-            if few := results["mlp"].experts_short_of_tokens:
-                self.progress.note(
-                    f"Layer {index}: {len(few)} of {len(tokens)} experts saw fewer tokens than they have channels "
-                    f"({min(tokens)} at least); what they lack is estimated from their weights"
-                )
-        return complete(thin, stack_experts(state), like=layer), results
-
-    def _solve_part(
-        self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics, rank: int
-    ) -> tuple[Solution[Any], Tensors]:
-        solution = self._ladder(part, method, layer, statistics).at(rank)
-        return solution, self._tensors(part, solution.weights, solution.pairs)
-
-    def _ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
-        family, heads, (module, expert) = self.family.description, self._heads(layer), part
-        if module == "qk":
-            return method.query_key(read_query_key(layer, family, heads), statistics)
-        if module == "vo":
-            return method.value_output(read_value_output(layer, family, heads), statistics)
-        weights = read_mlp(layer, family, expert)
-        if expert is not None:
-            statistics = _for_expert(statistics, expert, weights)
-        return method.mlp(weights, statistics)
-
-    def _tensors(self, part: Part, weights: Any, pairs: torch.Tensor | None) -> Tensors:
-        """A part's compressed ``weights`` as in the compressed layer's state dict."""
-        family, (module, expert) = self.family.description, part
-        if module == "mlp":
-            return mlp_tensors(weights, family, expert)
-        return query_key_tensors(weights, pairs, family) if module == "qk" else value_output_tensors(weights, family)
+    def _say_short_experts(self, index: int, modules: Mapping[Module, ModuleResult]) -> None:
+        tokens = modules["mlp"].expert_tokens
+        if tokens and (few := modules["mlp"].experts_short_of_tokens):
+            self.progress.note(
+                f"Layer {index}: {len(few)} of {len(tokens)} experts saw fewer tokens than they have channels "
+                f"({min(tokens)} at least); what they lack is estimated from their weights"
+            )
 
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self.dense.model.config, self.family.description)
@@ -451,43 +374,3 @@ def _real(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:
     """The rows (N, d) of real tokens in (B, T, d), in float32."""
     rows = hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask.to(hidden.device)]
     return rows.float()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What solving one part gave, but for the weights; see :class:`modegpt.methods.Solution`."""
-
-    error: float
-    norm: float
-    kept: list[Any] | None
-
-    @classmethod
-    def of(cls, solution: Solution[Any]) -> Outcome:
-        """That of ``solution``."""
-        return cls(solution.error, solution.norm, None if solution.kept is None else solution.kept.tolist())
-
-
-def _parts(layer: nn.Module, family: Family) -> list[Part]:
-    """What is solved by itself in a layer: its modules, and in place of the MLP each expert."""
-    experts = expert_count(layer, family)
-    mlp: list[Part] = [("mlp", expert) for expert in range(experts)] if experts else [("mlp", None)]
-    return [*mlp, ("qk", None), ("vo", None)]
-
-
-def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -> LayerStatistics:
-    """The statistics of one expert, made up for where it saw fewer tokens than it has channels."""
-    assert statistics.expert_tokens is not None
-    own = statistics.of_expert(expert)
-    gram = own["mlp"]
-    if own.tokens >= gram.shape[-1]:
-        return own
-    energy = statistics["mlp"].diagonal(dim1=-2, dim2=-1).mean(-1).sum()
-    level = float(energy) / max(1, sum(statistics.expert_tokens))
-    return own.with_mlp(with_pseudo_tokens(gram, own.tokens, weights.inputs, level))
-
-
-def _result(outcomes: Sequence[Outcome], rank: int, full: int) -> ModuleResult:
-    error, norm = sum(outcome.error for outcome in outcomes), sum(outcome.norm for outcome in outcomes)
-    kept = [outcome.kept for outcome in outcomes if outcome.kept is not None]
-    merged = kept if len(kept) > 1 else kept[0] if kept else None
-    return ModuleResult(rank, full, (error / norm) ** 0.5 if norm > 0 else 0.0, merged)

@@ -56,11 +56,11 @@ class Greedy(Method):
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""
         gram, output = statistics["mlp"], weights.output
-        matrix = regularised(gram, self.ridge)
-        result = greedy_elimination(matrix, output)
+        result = greedy_elimination(regularised(gram, self.ridge), output)
         norm = float((output * (gram @ output)).sum())
 
         def at(rank: int) -> Solution[MLPWeights]:
+            matrix = regularised(gram, self.ridge)  # made again: of many experts, all would be held at once
             choices = [result.kept(rank)]
             if rank < len(output):
                 choices.append(top_indices(ridge_leverage_scores(gram, self.ridge), rank))

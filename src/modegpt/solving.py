@@ -1,0 +1,189 @@
+"""One layer's modules solved and put together again, each part by the worker that has the least to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .budget import MODULES, LayerGeometry, LayerRanks, Module
+from .costs import Sizes, solve_flops, spread
+from .decompositions import with_pseudo_tokens
+from .layered import LayeredModel
+from .layout import HeadShape, expert_count
+from .methods import Ladder, Method, Solution
+from .modeling import Family
+from .parallel import Workers
+from .progress import Progress
+from .results import ModuleResult
+from .statistics import LayerStatistics
+from .weights import (
+    MLPWeights,
+    cast_like,
+    complete,
+    mlp_tensors,
+    query_key_tensors,
+    read_mlp,
+    read_query_key,
+    read_value_output,
+    stack_experts,
+    value_output_tensors,
+)
+
+Tensors = dict[str, torch.Tensor]
+#: A module of a layer, or one expert of its MLP.
+Part = tuple[Module, int | None]
+_EXPERT_SEED = 1_000_003
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What solving one part gave, but for the weights; see :class:`modegpt.methods.Solution`."""
+
+    error: float
+    norm: float
+    kept: list[Any] | None
+
+    @classmethod
+    def of(cls, solution: Solution[Any]) -> Outcome:
+        """That of ``solution``."""
+        return cls(solution.error, solution.norm, None if solution.kept is None else solution.kept.tolist())
+
+
+@dataclass(frozen=True)
+class LayerLadders:
+    """The solutions of one layer's parts at every rank: of those parts that fell to this worker."""
+
+    index: int
+    owners: dict[Part, int]
+    own: dict[Part, Ladder[Any]]
+    seeded: Callable[[Part], None]
+    tokens: tuple[int, ...] | None
+
+
+class LayerSolver:
+    """Solves the layers of ``dense`` with its ``workers``."""
+
+    def __init__(
+        self, dense: LayeredModel, geometry: Sequence[LayerGeometry], workers: Workers, progress: Progress
+    ) -> None:
+        self._dense = dense
+        self._family = dense.family.description
+        self._geometry = geometry
+        self._workers = workers
+        self._progress = progress
+        self._sizes = Sizes.of(dense.model)
+
+    def ladders(
+        self, index: int, method: Method, layer: nn.Module, statistics: LayerStatistics, seed: int
+    ) -> LayerLadders:
+        """What ``method`` finds for layer ``index``; ``statistics`` is not needed afterwards but by the ladders."""
+        parts = _parts(layer, self._family)
+        owners = spread({part: solve_flops(part[0], self._sizes) for part in parts}, self._workers.size)
+
+        def seeded(part: Part) -> None:
+            # What a method draws depends on the place alone, not on how far this process has come.
+            place_number = len(MODULES) * index + MODULES.index(part[0]) + _EXPERT_SEED * (part[1] or 0)
+            torch.manual_seed((seed + place_number) % 2**63)
+
+        own = {}
+        with self._own_randomness():
+            for part in (part for part in parts if owners[part] == self._workers.rank):
+                self._progress.detail(f"solving {part[0]}" if part[1] is None else f"solving expert {part[1]}")
+                seeded(part)
+                own[part] = self._ladder(part, method, layer, statistics)
+        return LayerLadders(index, owners, own, seeded, statistics.expert_tokens)
+
+    def cut(
+        self, ladders: LayerLadders, layer: nn.Module, thin: nn.Module, rank: LayerRanks
+    ) -> tuple[Tensors, dict[Module, ModuleResult]]:
+        """The state of the compressed layer at ``rank`` and the results, on every worker."""
+        solved: dict[Part, tuple[Tensors, Outcome]] = {}
+        with self._own_randomness():
+            for part, ladder in ladders.own.items():
+                ladders.seeded(part)
+                solution = ladder.at(getattr(rank, part[0]))
+                solved[part] = self._tensors(part, solution.weights, solution.pairs), Outcome.of(solution)
+        state: Tensors = {}
+        outcomes: dict[Module, list[Outcome]] = {module: [] for module in MODULES}
+        for part, owner in ladders.owners.items():
+            mine = solved.pop(part, None)
+            own = None if mine is None else cast_like(mine[0], layer)
+            state |= self._workers.tensors(own, owner, self._dense.device)
+            outcome = self._workers.tell(None if mine is None else mine[1], owner)
+            assert outcome is not None
+            outcomes[part[0]].append(outcome)
+        geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
+        results = {
+            module: _result(outcomes[module], getattr(rank, module), geometry[module].full) for module in MODULES
+        }
+        if tokens is not None:
+            results["mlp"] = replace(results["mlp"], expert_tokens=list(tokens))
+        return complete(thin, stack_experts(state), like=layer), results
+
+    def curves(self, ladders: LayerLadders) -> dict[Module, torch.Tensor]:
+        """The objective of every module at ranks 0, 1, ..., full; of experts their sum."""
+        curves: dict[Module, torch.Tensor] = {}
+        for part, owner in ladders.owners.items():
+            mine = ladders.own[part].curve().tolist() if part in ladders.own else None
+            found = self._workers.tell(mine, owner)
+            assert found is not None
+            curve = torch.tensor(found, dtype=torch.float64)
+            curves[part[0]] = curves[part[0]] + curve if part[0] in curves else curve
+        return curves
+
+    def _own_randomness(self) -> Any:
+        device = self._dense.device
+        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+    def _ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
+        family, heads, (module, expert) = self._family, self._heads(layer), part
+        if module == "qk":
+            return method.query_key(read_query_key(layer, family, heads), statistics)
+        if module == "vo":
+            return method.value_output(read_value_output(layer, family, heads), statistics)
+        weights = read_mlp(layer, family, expert)
+        if expert is not None:
+            statistics = _for_expert(statistics, expert, weights)
+        return method.mlp(weights, statistics)
+
+    def _tensors(self, part: Part, weights: Any, pairs: torch.Tensor | None) -> Tensors:
+        """A part's compressed ``weights`` as in the compressed layer's state dict."""
+        module, expert = part
+        if module == "mlp":
+            return mlp_tensors(weights, self._family, expert)
+        if module == "qk":
+            return query_key_tensors(weights, pairs, self._family)
+        return value_output_tensors(weights, self._family)
+
+    def _heads(self, layer: nn.Module) -> HeadShape:
+        return HeadShape.of(layer, self._dense.model.config, self._family)
+
+
+def _parts(layer: nn.Module, family: Family) -> list[Part]:
+    """What is solved by itself in a layer: its modules, and in place of the MLP each expert."""
+    experts = expert_count(layer, family)
+    mlp: list[Part] = [("mlp", expert) for expert in range(experts)] if experts else [("mlp", None)]
+    return [*mlp, ("qk", None), ("vo", None)]
+
+
+def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -> LayerStatistics:
+    """The statistics of one expert, made up for where it saw fewer tokens than it has channels."""
+    assert statistics.expert_tokens is not None
+    own = statistics.of_expert(expert)
+    gram = own["mlp"]
+    if own.tokens >= gram.shape[-1]:
+        return own
+    energy = statistics["mlp"].diagonal(dim1=-2, dim2=-1).mean(-1).sum()
+    level = float(energy) / max(1, sum(statistics.expert_tokens))
+    return own.with_mlp(with_pseudo_tokens(gram, own.tokens, weights.inputs, level))
+
+
+def _result(outcomes: Sequence[Outcome], rank: int, full: int) -> ModuleResult:
+    error, norm = sum(outcome.error for outcome in outcomes), sum(outcome.norm for outcome in outcomes)
+    kept = [outcome.kept for outcome in outcomes if outcome.kept is not None]
+    merged = kept if len(kept) > 1 else kept[0] if kept else None
+    return ModuleResult(rank, full, (error / norm) ** 0.5 if norm > 0 else 0.0, merged)
