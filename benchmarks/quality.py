@@ -82,7 +82,7 @@ def main() -> None:
             continue
         config = CompressionConfig.validated(**setting)
         with engine.active():
-            choice = engine.choose_ranks(config, influence)
+            choice = engine.choose_ranks(config, influence=influence)
             result = engine.compress(
                 METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
             )

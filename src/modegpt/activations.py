@@ -37,6 +37,13 @@ class Activations:
         # In stream order, hence after the copy of this batch's input to the device has been made.
         self._states[number] = host.copy_(state, non_blocking=True)
 
+    def copy(self) -> Activations:
+        """The same states, to go another way."""
+        result = Activations(len(self._states))
+        # Clones, since on a GPU's behalf they are overwritten in place.
+        result._states = [None if state is None else state.clone() for state in self._states]
+        return result
+
     def complete(self, layer: int) -> None:
         """All batches are there: from now on these are the inputs of ``layer``."""
 

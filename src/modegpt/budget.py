@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -169,6 +171,67 @@ def ranks_from_sparsity(
                 kept[module] = geometry.nearest(before + min(max(missing, -room), room), align)
                 carry -= (kept[module] - before) * geometry.unit_parameters
     return [LayerRanks(**kept) for kept in units]
+
+
+def ranks_from_losses(
+    layers: Sequence[LayerGeometry], losses: Sequence[Mapping[Module, torch.Tensor]], ratio: float, align: int
+) -> list[LayerRanks]:
+    """The ranks of least total loss that remove ``ratio`` of the decoder blocks' parameters.
+
+    ``losses`` gives, per layer and module that may be compressed, what is lost at ranks 0, 1, ..., full. Modules go
+    down the lower convex hulls of their losses over parameters, always the one that loses least per parameter next:
+    the optimum among the hulls' corners for the budgets that are met at a corner (Lagrange), and what is left of a
+    budget is met within the last segment, then by the finest modules. Raises :class:`InvalidRequest` as
+    :func:`average_sparsity` does.
+    """
+    modules = [module for module in MODULES if module in losses[0]]
+    average_sparsity(layers, modules, ratio, align)  # refuses what is out of reach
+    wanted = ratio * sum(layer.parameters for layer in layers) + sum(layer.extra for layer in layers)
+    kept: list[dict[Module, int]] = [
+        {module: shape.full for module, shape in layer.modules.items()} for layer in layers
+    ]
+    steps = [
+        (slope, index, module, rank)
+        for index, layer in enumerate(layers)
+        for module in modules
+        for slope, rank in _descent(layer.modules[module], losses[index][module], align)
+    ]
+    for _, index, module, rank in sorted(steps):
+        shape = layers[index].modules[module]
+        if (kept[index][module] - rank) * shape.unit_parameters >= wanted:
+            rank = shape.nearest(kept[index][module] - wanted / shape.unit_parameters, align)
+            wanted -= (kept[index][module] - rank) * shape.unit_parameters
+            kept[index][module] = rank
+            break
+        wanted -= (kept[index][module] - rank) * shape.unit_parameters
+        kept[index][module] = rank
+    for index, layer in enumerate(layers):  # less than half a step of the last module is left
+        finest, *_ = _from_finest(layer, modules)
+        shape = layer.modules[finest]
+        rank = shape.nearest(kept[index][finest] - wanted / shape.unit_parameters, align)
+        wanted -= (kept[index][finest] - rank) * shape.unit_parameters
+        kept[index][finest] = rank
+    return [LayerRanks(**ranks) for ranks in kept]
+
+
+def _descent(shape: ModuleGeometry, losses: torch.Tensor, align: int) -> list[tuple[float, int]]:
+    """The corners of the lower convex hull of the losses at allowed ranks, from full down: slope before it, and rank.
+
+    The slope is the loss per removed parameter.
+    """
+    step = shape.step(align)
+    allowed = [shape.full, *range((shape.full - 1) // step * step, 0, -step)]
+    corners: list[tuple[int, float]] = []
+    for rank in allowed:
+        loss = float(losses[rank])
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], (rank, loss)):
+            corners.pop()
+        corners.append((rank, loss))
+    return [(_slope(before, after) / shape.unit_parameters, after[0]) for before, after in pairwise(corners)]
+
+
+def _slope(before: tuple[int, float], after: tuple[int, float]) -> float:
+    return (after[1] - before[1]) / (before[0] - after[0])
 
 
 def _from_finest(layer: LayerGeometry, modules: Iterable[Module]) -> list[Module]:

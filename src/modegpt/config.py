@@ -13,7 +13,7 @@ from .errors import InvalidRequest
 from .methods import METHODS
 from .sources import Dtype, usable_device
 
-Allocation = Literal["uniform", "block-influence", "block-influence-split"]
+Allocation = Literal["uniform", "block-influence", "block-influence-split", "sensitivity"]
 Statistics = Literal["sequential", "dense"]
 
 
@@ -33,7 +33,8 @@ class CompressionConfig(BaseModel):
     allocation: Allocation = Field(
         "block-influence",
         description="How the layers share the loss: 'uniform'; 'block-influence', less from layers that change "
-        "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43).",
+        "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43); 'sensitivity', "
+        "less from modules that, compressed alone, move the model's predictions further.",
     )
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",

@@ -30,6 +30,7 @@ PHASES = {
     "load": "Loading the model",
     "sample": "Sampling text from the model",
     "scores": "Scoring layers",
+    "profile": "Profiling layers",
     "compress": "Compressing layers",
     "evaluate": "Measuring perplexity",
 }

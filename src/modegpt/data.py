@@ -85,6 +85,12 @@ class TokenWindows:
             digest.update(self.mask.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    def pieces(self, tokens: int, length: int) -> TokenWindows:
+        """About ``tokens`` of the first positions: the first ``length`` of as many windows as that takes."""
+        length = min(length, self.ids.shape[1])
+        count = max(1, min(len(self), tokens // length))
+        return TokenWindows(self.ids[:count, :length], None if self.mask is None else self.mask[:count, :length])
+
     def batches(self, size: int) -> Iterable[TokenWindows]:
         """Consecutive batches of at most ``size`` windows."""
         for start in range(0, len(self), size):
@@ -140,8 +146,21 @@ def random_windows(
     """
     held_out = f" and {reserved} held-out tokens" if reserved else ""
     _require(len(ids), count * length, f"{what}: {count} samples of {length} tokens{held_out}", reserved)
+    return _windows(ids, _order(ids, length, seed)[:count], length)
+
+
+def other_windows(ids: torch.Tensor, count: int, length: int, seed: int, *, but: int) -> TokenWindows | None:
+    """At most ``count`` windows other than the first ``but`` that :func:`random_windows` draws; None where all are."""
+    chosen = _order(ids, length, seed)[but : but + count]
+    return _windows(ids, chosen, length) if len(chosen) else None
+
+
+def _order(ids: torch.Tensor, length: int, seed: int) -> torch.Tensor:
+    return torch.randperm(len(ids) // length, generator=torch.Generator().manual_seed(seed))
+
+
+def _windows(ids: torch.Tensor, chosen: torch.Tensor, length: int) -> TokenWindows:
     available = len(ids) // length
-    chosen = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]
     return TokenWindows(ids[: available * length].view(available, length)[chosen].contiguous())
 
 

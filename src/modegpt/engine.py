@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
 from .allocation import allocate
-from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_sparsity
+from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_losses, ranks_from_sparsity
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
@@ -33,8 +33,9 @@ from .layered import LayeredModel, place, resident
 from .layout import HeadShape
 from .methods import METHODS, Method
 from .parallel import Workers
+from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler, chosen_divergence
 from .progress import Progress
-from .results import Choice, LayerResult, ModuleResult
+from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import Capture, LayerRunner
 from .solving import LayerSolver, Tensors
 from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
@@ -77,7 +78,8 @@ class Engine:
     """One run over a stock model: scores, ranks, then the layer loop. Use within :meth:`active`.
 
     ``workers`` share the windows and the solving. With a ``journal`` (the first worker's), finished layers go to
-    disk and out of memory, and those already there are not done again; hidden states go where it says.
+    disk and out of memory, and those already there are not done again; hidden states go where it says. Sensitivities
+    are measured on the ``probe`` windows, best others than those that calibrate: the first of these where not given.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Engine:
         windows: TokenWindows,
         batch_size: int,
         *,
+        probe: TokenWindows | None = None,
         progress: Progress | None = None,
         workers: Workers | None = None,
         journal: Journal | None = None,
@@ -99,10 +102,11 @@ class Engine:
         self._states = self.workers.tell(journal.states if journal else None)
         self._batch_size = batch_size
         self._attention = "eager" if is_capped(dense.model) else dense.model.config._attn_implementation
-        self._batches = self._own_batches(windows)
-        self._runner = LayerRunner(dense, self._batches, self.workers)
-        self._geometry = model_geometry(dense.model)
-        self.solver = LayerSolver(dense, self._geometry, self.workers, self.progress)
+        self.batches = self.own_batches(windows)
+        self.probe = (windows if probe is None else probe).pieces(PROBE_TOKENS, PROBE_LENGTH)
+        self.runner = LayerRunner(dense, self.batches, self.workers)
+        self.geometry = model_geometry(dense.model)
+        self.solver = LayerSolver(dense, self.geometry, self.workers, self.progress)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -125,11 +129,27 @@ class Engine:
         return self.compress(method, choice, sequential=config.statistics == "sequential", seed=config.seed)
 
     def choose_ranks(
-        self, config: CompressionConfig, influence: Sequence[tuple[float, float, float]] | None = None
+        self,
+        config: CompressionConfig,
+        *,
+        influence: Sequence[tuple[float, float, float]] | None = None,
+        profile: Profile | None = None,
     ) -> Choice:
-        """Decide how much every layer keeps. ``influence`` spares the pass that :meth:`block_influence` takes."""
-        geometry = self._geometry
+        """Decide how much every layer keeps.
+
+        ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
+        """
+        geometry = self.geometry
         average = average_sparsity(geometry, config.modules, config.ratio, config.align)
+        if config.allocation == "sensitivity":
+            profile = profile or self.profile(config)
+            losses = [{module: one.losses() for module, one in layer.items()} for layer in profile]
+            ranks = ranks_from_losses(geometry, losses, config.ratio, config.align)
+            removed = [
+                {module: 1 - getattr(rank, module) / layer.modules[module].full for module in config.modules}
+                for layer, rank in zip(geometry, ranks, strict=True)
+            ]
+            return Choice(ranks, removed, divergence=chosen_divergence(profile, ranks))
         if config.allocation == "uniform":
             uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
             return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)
@@ -153,6 +173,17 @@ class Engine:
         ]
         return Choice(ranks_from_sparsity(geometry, sparsity, config.align), sparsity, scores, temperature)
 
+    def profile(self, config: CompressionConfig) -> Profile:
+        """What compressing each module alone costs, see :class:`modegpt.profile.Profiler`."""
+        known = self.workers.tell(self._journal.profile if self._journal else None)
+        if known is not None:
+            return known
+        method = METHODS[config.method].from_config(config)
+        profile = Profiler(self, method, config.modules, self.probe).run(config.seed)
+        if self._journal:
+            self._journal.keep_profile(profile)
+        return profile
+
     def block_influence(self) -> list[tuple[float, float, float]]:
         """1 - E[cos(input, output)] of every dense layer: of the whole, of its attention and of its MLP.
 
@@ -162,8 +193,8 @@ class Engine:
         if known is not None:
             return known
         scores = []
-        hidden = self._activations("scores", self._batches)
-        with self.progress.phase("scores", len(self.dense.layers)), self._runner.active():
+        hidden = self.activations("scores", self.batches)
+        with self.progress.phase("scores", len(self.dense.layers)), self.runner.active():
             for index in range(len(self.dense.layers)):
                 self.progress.detail("block influence")
                 with self.dense.live(index) as layer:
@@ -193,7 +224,7 @@ class Engine:
             totals[3] += len(start)
 
         with middle.attached():
-            self._runner.run_layer(index, hidden, after=score)
+            self.runner.run_layer(index, hidden, after=score)
         hidden.complete(index + 1)
         self.workers.sum(totals)
         whole, attention, mlp = (totals[:3] / totals[3]).tolist()
@@ -205,22 +236,22 @@ class Engine:
         Layers that the journal already has are only passed through, and only as far as another one needs it.
         """
         count = len(self.dense.layers)
-        thin = self._skeleton(choice.ranks)
+        thin = self.skeleton(choice.ranks)
         done = self.workers.tell(self._journal.finished if self._journal else {})
         open_layers = [index for index in range(count) if index not in done]
-        hidden = self._activations("compress", self._batches)
+        hidden = self.activations("compress", self.batches)
         start = self._restore(hidden, open_layers[0]) if open_layers else 0
 
-        thin_runner = LayerRunner(thin, self._batches, self.workers)
+        thin_runner = LayerRunner(thin, self.batches, self.workers)
         results: dict[int, LayerResult] = dict(done)
-        with self.progress.phase("compress", count), self._runner.active(), thin_runner.active():
+        with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
                 needed = bool(open_layers) and start <= index < open_layers[-1]  # the outputs, by a later layer
                 through_dense = not sequential or self._whole(index, choice.ranks[index])
                 if index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
-                        statistics = self._calibrate(
+                        statistics = self.calibrate(
                             index, layer, hidden, method.statistics, keep=needed and through_dense
                         )
                         if index + 1 not in done:
@@ -235,7 +266,7 @@ class Engine:
                     if needed and through_dense:
                         hidden.complete(index + 1)
                 elif needed and through_dense:
-                    self._pass_on(self.dense, self._runner, index, hidden)
+                    self._pass_on(self.dense, self.runner, index, hidden)
                 if needed and not through_dense:
                     self._pass_on(thin, thin_runner, index, hidden)
                 self.progress.advance()
@@ -247,9 +278,9 @@ class Engine:
 
         Advances the current phase once for every layer.
         """
-        batches = self._own_batches(windows)
+        batches = self.own_batches(windows)
         runner = LayerRunner(model, batches, self.workers)
-        hidden = self._activations("evaluate", batches)
+        hidden = self.activations("evaluate", batches)
         with runner.active():
             for index in range(len(model.layers)):
                 model.prefetch(index + 1)
@@ -274,14 +305,14 @@ class Engine:
         hidden.remove()
         return 0
 
-    def _calibrate(
+    def calibrate(
         self, index: int, layer: nn.Module, hidden: Activations, wanted: Collection[Statistic], *, keep: bool
     ) -> LayerStatistics:
         """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
         self.progress.detail("calibrating")
         collector = StatisticsCollector(layer, self.family.description, self._heads(layer), wanted)
         with collector.attached():
-            self._runner.run_layer(index, hidden, keep=keep, before=collector.next_batch)
+            self.runner.run_layer(index, hidden, keep=keep, before=collector.next_batch)
         statistics = collector.result(self.workers)
         if not statistics.is_finite():
             raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
@@ -316,9 +347,9 @@ class Engine:
 
     def _whole(self, index: int, rank: LayerRanks) -> bool:
         """Whether nothing of a layer is removed, so that its dense outputs are its compressed ones."""
-        return all(getattr(rank, module) == shape.full for module, shape in self._geometry[index].modules.items())
+        return all(getattr(rank, module) == shape.full for module, shape in self.geometry[index].modules.items())
 
-    def _skeleton(self, ranks: Sequence[LayerRanks]) -> LayeredModel:
+    def skeleton(self, ranks: Sequence[LayerRanks]) -> LayeredModel:
         """The compressed model with everything but its decoder layers, which stay on the meta device."""
         dense = self.dense.model
         config = self.compressed_config(ranks)
@@ -344,7 +375,7 @@ class Engine:
         values = self.dense.model.config.to_dict()
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
-        sizes = (layer.sizes(rank) for layer, rank in zip(self._geometry, ranks, strict=True))
+        sizes = (layer.sizes(rank) for layer, rank in zip(self.geometry, ranks, strict=True))
         per_layer = {index: widths.to_config() for index, widths in enumerate(sizes)}
         if self.family.inferred:
             values["compressed_family"] = self.family.description.differences()
@@ -353,10 +384,10 @@ class Engine:
         config.auto_map = self.family.auto_map
         return config
 
-    def _own_batches(self, windows: TokenWindows) -> list[TokenWindows]:
+    def own_batches(self, windows: TokenWindows) -> list[TokenWindows]:
         return self.workers.share(list(windows.batches(self._batch_size)))
 
-    def _activations(self, purpose: str, batches: Sequence[TokenWindows]) -> Activations:
+    def activations(self, purpose: str, batches: Sequence[TokenWindows]) -> Activations:
         """Room for the hidden states of ``batches``, in memory or in a folder of this worker's own."""
         if self._states is None:
             return Activations(len(batches))

@@ -41,6 +41,26 @@ class Loss:
         return math.exp(min(total / count, 700.0))  # exp overflows a float beyond 709
 
 
+class Predictions:
+    """The next-token distributions p after the real tokens among some positions of a batch, to compare others with."""
+
+    def __init__(self, logits: torch.Tensor, batch: TokenWindows, start: int = 0) -> None:
+        """Those of ``logits`` (B, n, vocabulary), at the positions from ``start`` of ``batch``."""
+        mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
+        self._real = mask[:, start : start + logits.shape[1]].to(logits.device)
+        scores = logits[self._real].float().log_softmax(-1)
+        self._shares = scores.exp()
+        self._entropy = -torch.linalg.vecdot(self._shares, scores)
+        self.count = len(scores)
+
+    def divergence(self, logits: torch.Tensor) -> float:
+        """The sum over the tokens of KL(p || q), q the distributions of other ``logits`` of the same positions."""
+        others = logits[self._real].float()
+        # -sum p log q = log sum exp(z) - sum p z: one exponential less over the vocabulary than log_softmax.
+        cross = others.logsumexp(-1) - torch.linalg.vecdot(self._shares, others)
+        return float((cross - self._entropy).sum(dtype=torch.float64))
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel, windows: TokenWindows, batch_size: int = 1, progress: Progress | None = None

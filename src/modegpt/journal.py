@@ -26,7 +26,7 @@ from .data import TokenWindows
 from .errors import InvalidRequest, NumericalError
 from .files import replace_file, sha256_of, storing
 from .parallel import restarts
-from .results import LayerResult
+from .results import LayerResult, Profile
 
 #: Where an older checkpoint waits while the new one is put in its place.
 REPLACED = "replaced"
@@ -49,6 +49,7 @@ class _Manifest(BaseModel):
     starts: int = 0
     fingerprint: dict[str, Any]
     influence: list[tuple[float, float, float]] | None = None
+    profile: Profile | None = None
     layers: dict[int, _LayerRecord] = {}
     perplexity: dict[str, float] = {}
     published: str | None = None
@@ -86,7 +87,7 @@ class Journal:
     @property
     def worth_keeping(self) -> bool:
         """Whether anything was finished."""
-        return bool(self._manifest.layers or self._manifest.influence or self.windows())
+        return bool(self._manifest.layers or self._manifest.influence or self._manifest.profile or self.windows())
 
     @property
     def run(self) -> str:
@@ -121,6 +122,16 @@ class Journal:
     def keep_influence(self, scores: list[tuple[float, float, float]]) -> None:
         """Note the block-influence scores."""
         self._manifest.influence = scores
+        self._write()
+
+    @property
+    def profile(self) -> Profile | None:
+        """What compressing each module costs, once it is known."""
+        return self._manifest.profile
+
+    def keep_profile(self, profile: Profile) -> None:
+        """Note what compressing each module costs."""
+        self._manifest.profile = profile
         self._write()
 
     def perplexity(self, model: str) -> float | None:

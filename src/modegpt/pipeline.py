@@ -22,6 +22,7 @@ from .data import (
     check_length,
     check_source,
     first_windows,
+    other_windows,
     random_windows,
     read_text,
     sample_from_model,
@@ -38,6 +39,7 @@ from .layered import LayeredModel
 from .modeling import is_compressed
 from .parallel import Workers, local_device, processes, restarts, workers
 from .plan import Plan, Shape, check_plan, make_plan
+from .profile import probe_windows
 from .progress import Progress
 from .report import (
     CompressionReport,
@@ -71,6 +73,8 @@ class Texts:
 
     calibration: TokenWindows | None
     evaluation: TokenWindows | None
+    probe: TokenWindows | None = None
+    """What sensitivities are measured on; None where that is some of the calibration windows."""
 
 
 def compress_to_directory(
@@ -161,7 +165,9 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
             progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
         calibration, evaluation = _sampled(request, texts, journal, crew, progress)
         batch_size = config.batch_size
-        engine = Engine(dense, calibration, batch_size, progress=progress, workers=crew, journal=journal)
+        engine = Engine(
+            dense, calibration, batch_size, probe=texts.probe, progress=progress, workers=crew, journal=journal
+        )
         with engine.active():
             result = engine.run(config)
         report = build_report(
@@ -226,7 +232,7 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
     options = {f"--{name.replace('_', '-')}": value for name, value in config.settings().items()}
     del options["--model"], options["--trust-remote-code"]  # what counts is the model that was found there
     options["--device"] = torch.device(config.device).type
-    tokens = {"calibration": texts.calibration, "evaluation": texts.evaluation}
+    tokens = {"calibration": texts.calibration, "evaluation": texts.evaluation, "probe": texts.probe}
     return {
         "the model's config": sha256(request.model_config.to_json_string().encode()).hexdigest(),
         "the model's weights": request.source.fingerprint(),
@@ -242,6 +248,7 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     calibration_what, evaluation_what = f"--calibration {config.calibration}", f"--evaluate {config.evaluate}"
     held_out: torch.Tensor | None = None
     calibration: TokenWindows | None = None
+    probe: TokenWindows | None = None
     if config.calibration != SELF:
         ids = tokenize(tokenizer, read_text(config.calibration))
         reserved = 0
@@ -251,12 +258,14 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
             ids, held_out = split_held_out(ids, length)
             reserved = len(held_out)
         calibration = random_windows(ids, config.samples, length, config.seed, what=calibration_what, reserved=reserved)
+        if config.allocation == "sensitivity":
+            probe = other_windows(ids, probe_windows(length), length, config.seed, but=config.samples)
     if config.evaluate not in (HELD_OUT, NONE):
         held_out = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
     if held_out is None:
-        return Texts(calibration, None)
+        return Texts(calibration, None, probe)
     available = max(1, min(count, len(held_out) // length))
-    return Texts(calibration, first_windows(held_out, available, length, what=evaluation_what))
+    return Texts(calibration, first_windows(held_out, available, length, what=evaluation_what), probe)
 
 
 def _sampled(

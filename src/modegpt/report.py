@@ -23,7 +23,7 @@ from .data import TokenWindows
 from .engine import Compression
 from .errors import CheckpointError
 from .families import decoder_layers, family_of
-from .results import LayerResult, ModuleResult
+from .results import Choice, LayerResult, ModuleResult
 
 REPORT_FILE, RUN_FILE = "compression.json", "run.json"
 _PACKAGES = ("modegpt", "torch", "transformers", "safetensors", "tokenizers", "numpy")
@@ -64,6 +64,8 @@ class LayerFacts(_Facts):
 
     sparsity: dict[Module, float]
     scores: list[float] | None
+    divergence: dict[Module, float] | None = None
+    """What every module was predicted to cost in nats per token, where the allocation knew."""
     modules: dict[Module, ModuleResult]
 
 
@@ -163,7 +165,7 @@ def build_report(
         parameters=Pair(dense=everything[0], compressed=everything[1]),
         bytes=Pair(dense=stored[0], compressed=stored[1]),
         temperature=_finite(result.choice.temperature),
-        layers=_layer_facts(result.layers, result.choice.scores),
+        layers=_layer_facts(result.layers, result.choice),
     )
 
 
@@ -183,11 +185,12 @@ def _stored_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *buffers])
 
 
-def _layer_facts(layers: Sequence[LayerResult], scores: Sequence[Sequence[float]] | None) -> list[LayerFacts]:
+def _layer_facts(layers: Sequence[LayerResult], choice: Choice) -> list[LayerFacts]:
     return [
         LayerFacts(
             sparsity=dict(layer.sparsity),
-            scores=None if scores is None else list(scores[index]),
+            scores=None if choice.scores is None else list(choice.scores[index]),
+            divergence=None if choice.divergence is None else choice.divergence[index],
             modules=dict(layer.modules),
         )
         for index, layer in enumerate(layers)

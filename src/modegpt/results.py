@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from .budget import LayerRanks, Module
+
+#: Points of an error curve that are kept; in between it is a straight line.
+_POINTS = 128
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,47 @@ class Choice:
     scores: list[list[float]] | None = None
     """Block-influence scores per layer (one, or attention and MLP), where the allocation used them."""
     temperature: float | None = None
+    divergence: list[dict[Module, float]] | None = None
+    """What every module is predicted to cost in nats per token, where the allocation knew."""
+
+
+@dataclass(frozen=True)
+class ModuleProfile:
+    """How the divergence from the dense model grows as one module loses rank.
+
+    D(r) = D(p) J(r) / J(p): the method's objective J in the form it has over the ranks, scaled by D at the one rank p
+    where the divergence was measured with this module alone compressed. For small errors the divergence is
+    quadratic in them, as J is.
+    """
+
+    full: int
+    errors: list[float]
+    """J at :meth:`ranks`."""
+    probed: int
+    divergence: float
+    """E over tokens of KL(dense || with this module at rank ``probed``), in nats."""
+
+    @staticmethod
+    def ranks(full: int) -> list[int]:
+        """The ranks whose objective is kept, from 0 to ``full``."""
+        points = min(_POINTS, full)
+        return [round(full * point / points) for point in range(points + 1)]
+
+    @classmethod
+    def of(cls, curve: torch.Tensor, probed: int, divergence: float) -> ModuleProfile:
+        """That of a module with J = ``curve`` at ranks 0, 1, ..., full."""
+        full = len(curve) - 1
+        return cls(full, curve[cls.ranks(full)].tolist(), probed, divergence)
+
+    def losses(self) -> torch.Tensor:
+        """D at ranks 0, 1, ..., full: (full + 1,) float64."""
+        ranks = self.ranks(self.full)
+        curve = torch.zeros(self.full + 1, dtype=torch.float64)
+        for low, high, above, below in zip(ranks, ranks[1:], self.errors, self.errors[1:], strict=False):
+            curve[low : high + 1] = torch.linspace(above, below, high - low + 1, dtype=torch.float64)
+        scale = float(curve[self.probed])
+        return curve * (max(0.0, self.divergence) / scale) if scale > 0 else torch.zeros_like(curve)
+
+
+#: That of every layer's modules.
+Profile = list[dict[Module, ModuleProfile]]

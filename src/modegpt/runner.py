@@ -86,19 +86,28 @@ class LayerRunner:
         if failures:
             raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
 
-    @torch.no_grad()
     def head(self, number: int, hidden: Activations) -> Iterator[tuple[int, torch.Tensor]]:
         """The logits (B, n, vocabulary) of batch ``number`` whose last layer gave ``hidden``, and where they start.
 
         A few positions at a time: the logits of a whole window can take more memory than a layer.
         """
-        batch, state = self._batches[number], hidden.get(number)
+        state = hidden.get(number)
+        assert state is not None
+        for start in range(0, state.shape[1], HEAD_POSITIONS):
+            yield start, self.logits(number, hidden, start, min(HEAD_POSITIONS, state.shape[1] - start))
+
+    @torch.no_grad()
+    def logits(self, number: int, hidden: Activations, start: int, count: int) -> torch.Tensor:
+        """The logits (B, ``count``, vocabulary) of the positions from ``start``."""
+        state = hidden.get(number)
         assert state is not None
         self._live, self._hidden = None, state.to(self._model.device)
         try:
-            for positions in torch.arange(state.shape[1], device=self._model.device).split(HEAD_POSITIONS):
-                output = self._forward(self._model.model, batch, logits_to_keep=positions)
-                yield int(positions[0]), output.logits
+            positions = torch.arange(start, start + count, device=self._model.device)
+            logits: torch.Tensor = self._forward(
+                self._model.model, self._batches[number], logits_to_keep=positions
+            ).logits
+            return logits
         finally:
             self._hidden = None
 

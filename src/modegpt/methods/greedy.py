@@ -118,7 +118,9 @@ class Greedy(Method):
             best = min(ladders, key=lambda ladder: float(ladder.errors[rank]))
             return Solution(_with_basis(weights, best, rank), float(best.errors[rank]), norm)
 
-        return Ladder(full, at, torch.minimum(*(ladder.errors for ladder in ladders)))
+        errors = torch.minimum(*(ladder.errors for ladder in ladders))
+        errors[0] = norm
+        return Ladder(full, at, errors)
 
 
 def _quadratic(features: torch.Tensor, target: torch.Tensor) -> float:
