@@ -12,6 +12,7 @@ from pathlib import Path
 
 from modegpt import RunConfig
 from modegpt.costs import Sizes, layer_parameters, solve_bytes, solve_flops, statistics_bytes
+from modegpt.methods import ModeGPT
 from modegpt.plan import Plan, Shape, predict
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,7 +67,7 @@ def rows(model: Model) -> dict[str, str]:
         "parameters": f"{(shape.rest + sizes.layers * shape.layer) / 1e9:.1f} G",
         "weights (bfloat16)": gb(shape.rest * 2 + shape.layers),
         "one layer": gb(layer),
-        "its statistics (float64)": gb(statistics_bytes(sizes)),
+        "its statistics (float64)": gb(statistics_bytes(sizes, ModeGPT.statistics)),
         "what its solver holds besides": gb(solve_bytes(sizes, tokens, 1 - RATIO / 2)),
         "hidden states of all windows": gb(tokens * sizes.hidden * 2),
         "peak on the GPU": gb(plan.device_peak),
@@ -77,7 +78,7 @@ def rows(model: Model) -> dict[str, str]:
         "pass on": pflop(phases["pass on"]),
         "solve (float64)": pflop(phases["solve"]),
         "share of the solving that the MLP has": f"{solve_flops('mlp', sizes) / one_solve(sizes):.0%}",
-        "all-reduced for each layer": gb(statistics_bytes(sizes)),
+        "all-reduced for each layer": gb(statistics_bytes(sizes, ModeGPT.statistics)),
         "broadcast for each layer": gb((1 - RATIO) * layer),
     }
 

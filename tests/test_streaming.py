@@ -27,6 +27,9 @@ from modegpt.engine import Engine
 from modegpt.errors import InvalidRequest
 from modegpt.families import family_of
 from modegpt.layered import LayeredModel
+from modegpt.layout import HeadShape
+from modegpt.logits import attended, logit_features
+from modegpt.methods import Greedy, ModeGPT
 from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.sources import ModelSource, empty_model
 from modegpt.statistics import GramSum
@@ -470,4 +473,16 @@ def test_gram_costs_are_the_counted_operations(width: int) -> None:
     with counter:
         for shape in ((tokens, 32), (tokens, width), (4, tokens, 8), (2, tokens, 8)):
             GramSum().add(torch.ones(shape))
-    assert counter.get_total_flops() == tokens * gram_flops(sizes)
+    assert counter.get_total_flops() == tokens * gram_flops(sizes, ModeGPT.statistics, 2048)
+
+
+def test_costs_of_the_greedy_methods_statistics_are_the_counted_operations() -> None:
+    sizes, window = Sizes(layers=1, hidden=32, intermediate=48, heads=4, groups=2, head=8, gates=2), 200
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for shape in ((window, 32), (window, 48), (4, window, 8), (2, window, 8)):
+            GramSum().add(torch.ones(shape))
+        query, key = torch.ones(1, 4, window, 8), torch.ones(1, 2, window, 8)
+        for _, attention in attended(query, key, None, real=None, scaling=1.0, softcap=None):
+            GramSum().add(logit_features(attention, HeadShape(4, 2, 8, 8, False)))
+    assert counter.get_total_flops() == window * gram_flops(sizes, Greedy.statistics, window)

@@ -7,7 +7,7 @@ window. A multiplication and an addition count as two operations.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .budget import Module
 from .families import decoder_layers, family_of
 from .layout import HeadShape, expert_count, mlp_maps, norms
+from .logits import QUERIES
 from .modeling import Family
-from .statistics import panels
+from .statistics import Statistic, panels
 
 _K = TypeVar("_K")
 _EXPERTS_EVERYWHERE: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
@@ -117,12 +118,21 @@ def forward_flops(sizes: Sizes, window: int, kept: float = 1.0) -> float:
     return kept * (2.0 * layer_parameters(sizes) + 4 * window * sizes.heads * sizes.head)
 
 
-def gram_flops(sizes: Sizes) -> float:
-    """Operations to add one token to a layer's statistics (see :class:`modegpt.statistics.GramSum`)."""
-    per_head = 2.0 * (sizes.heads + sizes.groups) * sizes.head**2 + 2.0 * sizes.normed
-    # What goes into the experts' output maps is computed once more.
-    again = 0 if sizes.experts == 1 else 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
-    return per_head + again + _panel_flops(sizes.hidden) + sizes.routed * _panel_flops(sizes.intermediate)
+def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> float:
+    """Operations to add one token of a ``window`` to a layer's statistics (see :class:`modegpt.statistics.GramSum`)."""
+    h = sizes.head
+    flops = 2.0 * sizes.normed + sizes.routed * _panel_flops(sizes.intermediate)
+    if sizes.experts > 1:  # what goes into the experts' output maps is computed once more
+        flops += 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
+    if "query" in wanted:
+        flops += 2.0 * (sizes.heads + sizes.groups) * h**2
+    if "attention_input" in wanted:
+        flops += _panel_flops(sizes.hidden)
+    if "head_outputs" in wanted:
+        flops += _panel_flops(sizes.heads * h)
+    if "logits" in wanted:  # of some queries, the features of every key, and their products
+        flops += min(1.0, QUERIES / window) * sizes.heads * window * (_panel_flops(h) + 2 * h)
+    return flops
 
 
 def _panel_flops(n: int) -> float:
@@ -134,14 +144,30 @@ def head_flops(hidden: int, vocabulary: int) -> float:
     return 2.0 * hidden * vocabulary
 
 
-def statistics_bytes(sizes: Sizes) -> int:
+def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
     """The float64 sums of one layer."""
-    per_head = (sizes.heads + sizes.groups) * sizes.head**2 + sizes.normed
-    return 8 * (sizes.experts * sizes.intermediate**2 + sizes.hidden**2 + per_head)
+    elements = {
+        "mlp": sizes.experts * sizes.intermediate**2,
+        "attention_input": sizes.hidden**2,
+        "query": sizes.heads * sizes.head**2,
+        "key": sizes.groups * sizes.head**2,
+        "head_outputs": (sizes.heads * sizes.head) ** 2,
+        "logits": sizes.heads * sizes.head**2,
+    }
+    return 8 * (sum(elements[name] for name in wanted) + sizes.normed)
+
+
+def elimination_bytes(sizes: Sizes) -> int:
+    """What the greedy elimination of an MLP's channels holds at once besides the statistics and the layer.
+
+    A with its factor and its inverse, and the output map before and after. The fit at one rank takes less.
+    """
+    made_up = 0 if sizes.experts == 1 else sizes.intermediate**2
+    return 8 * (made_up + 3 * sizes.intermediate**2 + 3 * sizes.intermediate * sizes.hidden)
 
 
 def solve_bytes(sizes: Sizes, tokens: int, kept: float = 1.0) -> int:
-    """What solving the MLP, the largest of the three modules, holds at once besides the statistics and the layer.
+    """What the paper's algorithm for the MLP holds at once besides the statistics and the layer.
 
     C_SS, its factor and the triangular solver's copy of it, C_SD with the prediction from it (before them the factor
     of C, which is less), and the output map before and after, all in float64. With fewer ``tokens`` than kept

@@ -349,14 +349,17 @@ class Engine:
         """Whether nothing of a layer is removed, so that its dense outputs are its compressed ones."""
         return all(getattr(rank, module) == shape.full for module, shape in self.geometry[index].modules.items())
 
-    def skeleton(self, ranks: Sequence[LayerRanks]) -> LayeredModel:
-        """The compressed model with everything but its decoder layers, which stay on the meta device."""
+    def skeleton(self, ranks: Sequence[LayerRanks], *, share: bool = False) -> LayeredModel:
+        """The compressed model with everything but its decoder layers, which stay on the meta device.
+
+        What lies outside them is the dense model's own if ``share``, or if the compressed layers go to disk.
+        """
         dense = self.dense.model
         config = self.compressed_config(ranks)
         with init_empty_weights(include_buffers=False):  # some rotary embeddings cannot be computed on meta
             compressed = self.family.causal_lm(config)
         prefix = f"{dense.base_model_prefix}.{self.family.description.layers}."
-        copy_rest(compressed, dense, outside=prefix, share=self._durable)
+        copy_rest(compressed, dense, outside=prefix, share=share or self._durable)
         compressed.tie_weights()
         compressed.generation_config = copy.deepcopy(dense.generation_config)
         compressed.set_attn_implementation(self._attention)

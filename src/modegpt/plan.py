@@ -25,6 +25,7 @@ from .budget import MODULES, average_sparsity
 from .config import RunConfig
 from .costs import (
     Sizes,
+    elimination_bytes,
     forward_bytes,
     forward_flops,
     gram_flops,
@@ -41,8 +42,9 @@ from .files import existing_parent
 from .journal import left_behind
 from .layered import LayeredModel, resident
 from .layout import HeadShape, expert_count
-from .methods import METHODS
+from .methods import METHODS, Greedy
 from .parallel import Workers, processes, processes_here
+from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
 from .runner import HEAD_POSITIONS, LayerRunner
 from .sources import ModelSource, empty_model
 from .statistics import StatisticsCollector, observable
@@ -246,6 +248,7 @@ def _remedy(config: RunConfig, shape: Shape) -> str:
 def _host(config: RunConfig, shape: Shape, on_gpu: bool) -> list[Part]:
     program = [Part(name="program", bytes=psutil.Process().memory_info().rss + OVERHEAD_BYTES)]
     states = [] if config.offload_folder else [Part(name="hidden states", bytes=_states(config, shape))]
+    states += _streams(config, shape)
     if on_gpu:
         return [*program, *states, Part(name="layers being read", bytes=2 * shape.layer * shape.item)]
     return [*program, *_larger(_sampling(config, shape), [*states, *_model_parts(config, shape)])]
@@ -272,11 +275,13 @@ def _device(config: RunConfig, shape: Shape) -> list[Part]:
 def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     """What is held where the model runs: the rest of the model, layers, and the larger of what is done with one."""
     batch = min(config.batch_size, config.samples) * config.sequence_length
-    statistics = statistics_bytes(shape.sizes)
+    statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
     kept = 1 - config.ratio if config.allocation == "uniform" else 1 - config.ratio / 2
     solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
+    if config.method == Greedy.name:
+        solve = max(solve, statistics + elimination_bytes(shape.sizes))
     logits = 0
     if config.evaluate != "none":
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
@@ -299,6 +304,16 @@ def _states(config: RunConfig, shape: Shape) -> int:
     evaluated = 0 if config.evaluate == "none" else config.evaluation_samples
     windows = _share(config, max(config.samples, evaluated))
     return windows * config.sequence_length * shape.sizes.hidden * shape.item
+
+
+def _streams(config: RunConfig, shape: Shape) -> list[Part]:
+    """The hidden states of the probe windows with each module alone compressed."""
+    if config.allocation != "sensitivity":
+        return []
+    length = min(PROBE_LENGTH, config.sequence_length)
+    windows = _share(config, probe_windows(config.sequence_length))
+    count = 1 + len(config.modules) * shape.sizes.layers
+    return [Part(name="streams of the profile", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
 
 
 def _share(config: RunConfig, windows: int) -> int:
@@ -332,8 +347,17 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items())
         return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
 
-    phases = [phase("scores", forward=tokens * dense)] if config.allocation != "uniform" else []
-    phases.append(phase("calibrate", forward=tokens * dense, gram=tokens * sizes.layers * gram_flops(sizes)))
+    gram = tokens * sizes.layers * gram_flops(sizes, METHODS[config.method].statistics, window)
+    phases = []
+    if config.allocation == "sensitivity":
+        # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
+        streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
+        forward = tokens * dense + probe * dense * streams / 2
+        heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
+        phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
+    elif config.allocation != "uniform":
+        phases.append(phase("scores", forward=tokens * dense))
+    phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     phases.append(phase("solve", solve=solve))
     if config.statistics == "sequential":
         # The last layer's outputs are nobody's inputs.
@@ -357,7 +381,9 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
     return Rates(
         forward=window * forward_flops(sizes, window) / seconds["forward"],
         # Overlapping measurements can come out the wrong way round on a busy machine.
-        gram=window * gram_flops(sizes) / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
+        gram=window
+        * gram_flops(sizes, METHODS[config.method].statistics, window)
+        / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
         solve=sum(solve_flops(module, sizes, kept) for module in MODULES) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
     )

@@ -52,7 +52,7 @@ class Profiler:
         self._batches = engine.own_batches(probe)
         self._runner = LayerRunner(engine.dense, self._batches, engine.workers)
         self._probed = {module: self._ranks(module) for module in modules}
-        self._thin = {module: engine.skeleton(ranks) for module, ranks in self._probed.items()}
+        self._thin = {module: engine.skeleton(ranks, share=True) for module, ranks in self._probed.items()}
         self._clean = Activations(len(self._batches))
         self._streams: dict[Place, Activations] = {}
 

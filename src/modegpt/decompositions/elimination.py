@@ -72,7 +72,7 @@ def greedy_elimination(matrix: torch.Tensor, output: torch.Tensor, block: int = 
         costs.append(cost)
         step = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone])  # (count, m)
         weights -= step.T @ weights[gone]
-        inverse -= inverse[:, gone] @ step
+        inverse.addmm_(inverse[:, gone], step, alpha=-1)
         alive[gone] = False
         left -= count
         if left < _COMPACT * len(names):
