@@ -44,7 +44,7 @@ from modegpt.families import model_geometry
 from modegpt.journal import Journal, work_directory
 from modegpt.layered import resident
 from modegpt.layout import HeadShape
-from modegpt.methods import ModeGPT
+from modegpt.methods import Greedy, ModeGPT
 from modegpt.modeling import CompactAttention
 from modegpt.parallel import Workers
 from modegpt.pipeline import compress_to_directory, read_texts
@@ -149,10 +149,11 @@ def compress_to(
     *,
     sequential: bool = True,
     ridge: float = 1e-4,
+    method: type[ModeGPT] | type[Greedy] = ModeGPT,
 ) -> Compression:
     engine = Engine(resident(model), data or windows(), 4)
     with engine.active():
-        return engine.compress(ModeGPT(ridge), Choice(ranks, [{} for _ in ranks]), sequential=sequential)
+        return engine.compress(method(ridge), Choice(ranks, [{} for _ in ranks]), sequential=sequential)
 
 
 @cache
@@ -310,6 +311,19 @@ def test_removing_what_carries_nothing_is_exact(name: str, module: str) -> None:
     ranks = prepared(model, module)
     assert deviation(logits(model), before) > 1e-3
     assert lossless_deviation(model, ranks, windows(24)) < ROUNDING
+
+
+@pytest.mark.usefixtures("all_in_float64")
+@rows()
+def test_the_greedy_method_finds_what_carries_nothing(name: str) -> None:
+    model = double(dense(name))
+    same = compress_to(model, full_ranks(model), sequential=False, method=Greedy).model
+    assert deviation(logits(same), logits(model)) < ROUNDING
+    ranks = prepared(model, "all")
+    data = windows(24)
+    thin = compress_to(model, ranks, data, sequential=False, ridge=1e-10, method=Greedy).model
+    ids = data.ids if model.config.model_type == "opt" else None
+    assert deviation(logits(thin, ids), logits(model, ids)) < 1e-6  # of a ridge of 1e-10
 
 
 def copied_halves(model: PreTrainedModel) -> list[LayerRanks]:

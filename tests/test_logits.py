@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -170,6 +171,21 @@ def test_queries_are_spread_over_the_real_tokens() -> None:
     assert [stands_for for stands_for, _ in seen] == [5.0, 2.0]
     assert torch.equal(seen[0][1].query, query[0, 0, 4::5])
     assert torch.equal(seen[1][1].query, query[1, 0, 61::2])
+
+
+def test_keys_drawn_by_attention_give_what_all_keys_give() -> None:
+    draw = torch.Generator().manual_seed(6)
+    query, key = (torch.randn(1, 1, 600, H, generator=draw) for _ in range(2))
+    shape, totals = HeadShape(1, 1, H, H, False), []
+    for keys in (64, 600):
+        with patch("modegpt.logits.KEYS", keys):
+            seen = list(attended(query, key, None, real=None, scaling=0.5, softcap=None))
+        rows = torch.cat([logit_features(attention, shape) for _, attention in seen]).double()
+        assert len(rows) == 128 * keys
+        totals.append(rows.T @ rows)
+    drawn, every = totals
+    scale = every.diagonal().sqrt()
+    assert float(((drawn - every) / (scale[:, None] * scale)).abs().max()) < 0.05
 
 
 def greedy_query_key(sums: Any, rank: int) -> float:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .budget import Module
 from .families import decoder_layers, family_of
 from .layout import HeadShape, expert_count, mlp_maps, norms
-from .logits import QUERIES
+from .logits import KEYS, QUERIES
 from .modeling import Family
 from .statistics import Statistic, panels
 
@@ -130,8 +130,9 @@ def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> floa
         flops += _panel_flops(sizes.hidden)
     if "head_outputs" in wanted:
         flops += _panel_flops(sizes.heads * h)
-    if "logits" in wanted:  # of some queries, the features of every key, and their products
-        flops += min(1.0, QUERIES / window) * sizes.heads * window * (_panel_flops(h) + 2 * h)
+    if "logits" in wanted:  # of some queries, all scores and the products of the features of some keys
+        keys = min(KEYS, window)
+        flops += min(1.0, QUERIES / window) * sizes.heads * (2.0 * window * h + keys * _panel_flops(h))
     return flops
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .layout import HeadShape, rotary_pairs
 
 #: Queries of every window whose attention is looked at, evenly spread.
-QUERIES = 48
+QUERIES = 128
+#: Keys that stand for all that a query attends to: the quantiles of its attention, evenly spread.
+KEYS = 64
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,14 @@ class Attended:
 
     head: int
     weights: torch.Tensor
-    """a_t, for every query: (P, S) float32, rows sum to 1."""
+    """a_t, for every query: (P, S), rows sum to 1. Where there are more than ``KEYS`` keys, each of ``KEYS`` that are
+    drawn by a_t has the same weight."""
     slope: torch.Tensor
     """How much of a change of the score gets through to the softmax: (P, S), 1 without a soft cap."""
     query: torch.Tensor
     """(P, h), scaled as the scores are."""
     key: torch.Tensor
-    """(S, h)."""
+    """(S, h), or for every query its own (P, S, h)."""
 
 
 def attended(
@@ -63,7 +66,23 @@ def attended(
             if softcap is not None:
                 bounded = torch.tanh(scores / softcap)
                 scores, slope = softcap * bounded, 1 - bounded.square()
-            yield stands_for, Attended(head, (scores + seen).softmax(-1), slope, rows, columns)
+            yield stands_for, _drawn(Attended(head, (scores + seen).softmax(-1), slope, rows, columns))
+
+
+def _drawn(attention: Attended) -> Attended:
+    """The keys at evenly spread quantiles of each query's attention in place of all keys, where there are many."""
+    weights = attention.weights
+    if weights.shape[1] <= KEYS:
+        return attention
+    shares = weights.cumsum(-1)
+    places = (torch.arange(KEYS, device=weights.device) + 0.5) / KEYS * shares[:, -1:]
+    chosen = torch.searchsorted(shares, places).clamp_max(weights.shape[1] - 1)  # (P, KEYS)
+    return replace(
+        attention,
+        weights=torch.full_like(places, 1 / KEYS),
+        slope=attention.slope.gather(1, chosen),
+        key=attention.key[chosen],
+    )
 
 
 def _rows(mask: torch.Tensor | None, window: int, chosen: torch.Tensor, keys: int) -> torch.Tensor:
@@ -92,8 +111,8 @@ def logit_features(attention: Attended, shape: HeadShape) -> torch.Tensor:
     first, second = rotary_pairs(shape.rotary, shape.neighbours, query.device)
     if len(first):
         one, two = query[..., first], query[..., second]
-        features[..., first] = one * key[:, first] + two * key[:, second]
-        features[..., second] = two * key[:, first] - one * key[:, second]
+        features[..., first] = one * key[..., first] + two * key[..., second]
+        features[..., second] = two * key[..., first] - one * key[..., second]
     features *= attention.slope[..., None]
     weights = attention.weights[..., None]
     features -= (weights * features).sum(1, keepdim=True)
