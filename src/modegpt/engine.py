@@ -66,10 +66,17 @@ class Compression:
 
 
 def compress_model(
-    model: PreTrainedModel, windows: TokenWindows, config: CompressionConfig, progress: Progress | None = None
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    config: CompressionConfig,
+    progress: Progress | None = None,
+    probe: TokenWindows | None = None,
 ) -> Compression:
-    """Compress a stock causal language model with calibration ``windows``; the model itself is not changed."""
-    engine = Engine(resident(model), windows, config.batch_size, progress=progress)
+    """Compress a stock causal language model with calibration ``windows``; the model itself is not changed.
+
+    ``probe`` are the windows that sensitivities are measured on, as :class:`Engine` takes them.
+    """
+    engine = Engine(resident(model), windows, config.batch_size, probe=probe, progress=progress)
     with engine.active():
         return engine.run(config)
 
