@@ -82,8 +82,9 @@ def double(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.fixture
-def all_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+def all_in_float64(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms, rotary embeddings, routers and softmax leave a float64 model in float64 where they would go to float32."""
+    dense(request.node.callspec.params["name"])  # before anything is changed: other tests use it as well
     to, single, softmax = torch.Tensor.to, torch.Tensor.float, nn.functional.softmax
 
     def stay(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
