@@ -41,13 +41,13 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 #: Method, statistics, allocation and temperature: of eq. 11 the automatic one, whose largest sparsity is 80 %, and a
 #: flatter one.
 SETTINGS = (
+    ("greedy", "dense", "sensitivity", "auto"),
+    ("greedy", "dense", "uniform", "auto"),
     *(
         ("modegpt", statistics, *allocation)
         for statistics in ("dense", "sequential")
         for allocation in (("uniform", "auto"), ("block-influence", "auto"), ("block-influence", 0.03))
     ),
-    ("greedy", "dense", "sensitivity", "auto"),
-    ("greedy", "dense", "uniform", "auto"),
 )
 
 
@@ -87,9 +87,7 @@ def main() -> None:
     print(f"dense: {dense:.3f}; {len(done)} rows are there already", flush=True)
     results |= {"dense_perplexity": round(dense, 4), "rows": done}
     engine = Engine(resident(model), train, batch_size=1, probe=probe)
-    with engine.active():
-        influence = engine.block_influence()
-    profiles: dict[str, Profile] = {}
+    influence, profiles = None, dict[str, Profile]()
     for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, arguments.ratios):
         setting = {
             "method": method,
@@ -104,6 +102,8 @@ def main() -> None:
         with engine.active():
             if allocation == "sensitivity" and method not in profiles:
                 profiles[method] = engine.profile(config)
+            if allocation.startswith("block") and influence is None:
+                influence = engine.block_influence()
             choice = engine.choose_ranks(config, influence=influence, profile=profiles.get(method))
             result = engine.compress(
                 METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
