@@ -528,7 +528,8 @@ def test_overwrite_replaces_an_earlier_checkpoint(tiny_checkpoint: Path, text_fi
 
 def test_an_empty_output_directory_is_used(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
-    compress(tiny_checkpoint, tmp_path / "small", text_file, "--evaluate", "none")
+    run = compress(tiny_checkpoint, tmp_path / "small", text_file, "--evaluate", "none")
+    assert run.report["block_parameters"]["compressed"] == recount(tmp_path / "small")["block_parameters"]
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(
@@ -544,7 +545,8 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
 def test_missing_parents_of_the_output_directory_are_made(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    compress(tiny_checkpoint, tmp_path / "a" / "b" / "small", text_file, "--evaluate", "none")
+    run = compress(tiny_checkpoint, tmp_path / "a" / "b" / "small", text_file, "--evaluate", "none")
+    assert run.report["block_parameters"]["compressed"] == recount(tmp_path / "a/b/small")["block_parameters"]
 
 
 # Help

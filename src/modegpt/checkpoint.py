@@ -150,9 +150,9 @@ def load(directory: str | Path, *, dtype: str | torch.dtype = "auto", device: st
     """Load a compressed checkpoint for inference.
 
     As ``AutoModelForCausalLM.from_pretrained`` after ``import modegpt``, but it knows the families that were inferred,
-    and it trusts nothing: no code
-    from the directory runs, sizes, tensors and kept pairs are checked, and anything missing or left over raises
-    :class:`CheckpointError`. A ``compression.json`` beside the weights comes along as ``compression_report``.
+    and it trusts nothing: no code from the directory runs, sizes, tensors and kept pairs are checked, and anything
+    missing or left over raises :class:`CheckpointError`. A ``compression.json`` beside the weights comes along as
+    ``compression_report``.
     """
     device = usable_device(device)
     try:

@@ -39,13 +39,7 @@ from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import Capture, LayerRunner
 from .solving import LayerSolver, Tensors
 from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
-from .weights import (
-    copy_rest,
-)
-
-#: A module of a layer, or one expert of its MLP.
-Part = tuple[Module, int | None]
-_EXPERT_SEED = 1_000_003
+from .weights import copy_rest
 
 #: Keeps the cosine of a zero vector finite, namely zero.
 _TINY = 1e-30
@@ -395,6 +389,7 @@ class Engine:
         return config
 
     def own_batches(self, windows: TokenWindows) -> list[TokenWindows]:
+        """The batches of ``windows`` that are for this worker."""
         return self.workers.share(list(windows.batches(self._batch_size)))
 
     def activations(self, purpose: str, batches: Sequence[TokenWindows]) -> Activations:

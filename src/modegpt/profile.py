@@ -27,15 +27,13 @@ if TYPE_CHECKING:
 PROBED_SHARE = 0.5
 #: Tokens that sensitivities are measured on, in windows of at most :data:`PROBE_LENGTH`.
 PROBE_TOKENS, PROBE_LENGTH = 2048, 1024
+#: A module of a layer.
+Place = tuple[int, Module]
 
 
 def probe_windows(length: int) -> int:
     """How many windows of ``length`` tokens sensitivities are measured on."""
     return max(1, PROBE_TOKENS // min(PROBE_LENGTH, length))
-
-
-#: A module of a layer.
-Place = tuple[int, Module]
 
 
 class Profiler:
@@ -123,9 +121,9 @@ class Profiler:
                 for start, logits in self._runner.head(number, self._clean):
                     dense = Predictions(logits, batch, start)
                     totals[-1] += dense.count
-                    for place_in, stream in enumerate(self._streams.values()):
+                    for slot, stream in enumerate(self._streams.values()):
                         other = self._runner.logits(number, stream, start, logits.shape[1])
-                        totals[place_in] += dense.divergence(other)
+                        totals[slot] += dense.divergence(other)
         self._engine.workers.sum(totals)
         means = (totals[:-1] / totals[-1]).clamp_min(0)
         if not bool(means.isfinite().all()):

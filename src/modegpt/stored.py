@@ -149,6 +149,7 @@ class JoinedTensors(StoredTensors):
         return (len(pieces[0]), rows, *shapes[0][1:]) if stacked else (rows, *shapes[0][1:])
 
     def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors ``names``, put together from their pieces."""
         result: dict[str, torch.Tensor] = {}
         for name in names:
             if name not in self._pieces:
@@ -206,6 +207,7 @@ class GGUFFile(StoredTensors):
             self._heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
     def read(self, names: Iterable[str], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """The tensors ``names``, dequantised."""
         import gguf
 
         result = {}

@@ -74,8 +74,8 @@ class Family:
     #: Which two columns of the cosine and sine tables have the same angle.
     angles: Literal["halves", "neighbours"] = "halves"
     #: Attributes of the config: the soft cap of attention logits, the sliding window where the attention module does
-    #: not have it itself, the dropouts of attention weights and, inside the
-    #: attention module, of its output, and the MLP's width.
+    #: not have it itself, the dropouts of attention weights and, inside the attention module, of its output, and the
+    #: MLP's width.
     softcap: str | None = None
     sliding_window: str | None = None
     dropout: str = "attention_dropout"
