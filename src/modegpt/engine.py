@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
 from .allocation import allocate
-from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_losses, ranks_from_sparsity
+from .budget import LayerGeometry, LayerRanks, Module, average_sparsity, ranks_from_losses, ranks_from_sparsity, whole
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
@@ -106,8 +106,10 @@ class Engine:
         self.batches = self.own_batches(windows)
         self.probe = (windows if probe is None else probe).pieces(PROBE_TOKENS, PROBE_LENGTH)
         self.runner = LayerRunner(dense, self.batches, self.workers)
-        self.geometry = model_geometry(dense.model)
-        self.solver = LayerSolver(dense, self.geometry, self.workers, self.progress)
+
+    def geometry(self, method: Method) -> list[LayerGeometry]:
+        """What ``method`` can remove of every layer."""
+        return model_geometry(self.dense.model, method.geometry)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -140,14 +142,14 @@ class Engine:
 
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
-        geometry = self.geometry
+        geometry = self.geometry(METHODS[config.method].from_config(config))
         average = average_sparsity(geometry, config.modules, config.ratio, config.align)
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
             losses = [{module: one.losses() for module, one in layer.items()} for layer in profile]
             ranks = ranks_from_losses(geometry, losses, config.ratio, config.align)
             removed = [
-                {module: 1 - getattr(rank, module) / layer.modules[module].full for module in config.modules}
+                {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
                 for layer, rank in zip(geometry, ranks, strict=True)
             ]
             return Choice(ranks, removed, divergence=chosen_divergence(profile, ranks))
@@ -157,11 +159,12 @@ class Engine:
 
         influence = influence or self.block_influence()
         # Which of a layer's three scores speaks for which modules.
-        parts: list[tuple[int, tuple[Module, ...]]] = [(0, MODULES)]
-        if config.allocation == "block-influence-split":
-            parts = [(1, ("qk", "vo")), (2, ("mlp",))]
-        chosen = [(slot, [module for module in part if module in config.modules]) for slot, part in parts]
-        chosen = [(slot, part) for slot, part in chosen if part]
+        split = config.allocation == "block-influence-split"
+        slots = [(2 if module == "mlp" else 1) if split else 0 for module in config.modules]
+        chosen = [
+            (slot, [module for module, own in zip(config.modules, slots, strict=True) if own == slot])
+            for slot in sorted(set(slots))
+        ]
         scores = [[row[slot] for slot, _ in chosen] for row in influence]
         weights = [sum(layer.modules[module].parameters for module in part) for layer in geometry for _, part in chosen]
 
@@ -236,8 +239,9 @@ class Engine:
 
         Layers that the journal already has are only passed through, and only as far as another one needs it.
         """
-        count = len(self.dense.layers)
-        thin = self.skeleton(choice.ranks)
+        count, geometry = len(self.dense.layers), self.geometry(method)
+        thin = self.skeleton(geometry, choice.ranks)
+        solver = LayerSolver(self.dense, geometry, self.workers, self.progress)
         done = self.workers.tell(self._journal.finished if self._journal else {})
         open_layers = [index for index in range(count) if index not in done]
         hidden = self.activations("compress", self.batches)
@@ -248,7 +252,7 @@ class Engine:
         with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
                 needed = bool(open_layers) and start <= index < open_layers[-1]  # the outputs, by a later layer
-                through_dense = not sequential or self._whole(index, choice.ranks[index])
+                through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
@@ -257,8 +261,8 @@ class Engine:
                         )
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
-                        ladders = self.solver.ladders(index, method, layer, statistics, seed)
-                        state, modules = self.solver.cut(ladders, layer, thin.layers[index], choice.ranks[index])
+                        ladders = solver.ladders(index, method, layer, statistics, seed)
+                        state, modules = solver.cut(ladders, layer, thin.layers[index], choice.ranks[index])
                         self._say_short_experts(index, modules)
                         del statistics, ladders
                     results[index] = LayerResult(choice.sparsity[index], modules)
@@ -346,17 +350,15 @@ class Engine:
         elif used:
             thin.bring(index, state)
 
-    def _whole(self, index: int, rank: LayerRanks) -> bool:
-        """Whether nothing of a layer is removed, so that its dense outputs are its compressed ones."""
-        return all(getattr(rank, module) == shape.full for module, shape in self.geometry[index].modules.items())
-
-    def skeleton(self, ranks: Sequence[LayerRanks], *, share: bool = False) -> LayeredModel:
+    def skeleton(
+        self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks], *, share: bool = False
+    ) -> LayeredModel:
         """The compressed model with everything but its decoder layers, which stay on the meta device.
 
         What lies outside them is the dense model's own if ``share``, or if the compressed layers go to disk.
         """
         dense = self.dense.model
-        config = self.compressed_config(ranks)
+        config = self.compressed_config(geometry, ranks)
         with init_empty_weights(include_buffers=False):  # some rotary embeddings cannot be computed on meta
             compressed = self.family.causal_lm(config)
         prefix = f"{dense.base_model_prefix}.{self.family.description.layers}."
@@ -374,12 +376,12 @@ class Engine:
         own = self._journal.tensors(index) if self._journal else None
         return self.workers.tensors(own, 0, self.dense.device)
 
-    def compressed_config(self, ranks: Sequence[LayerRanks]) -> Any:
+    def compressed_config(self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> Any:
         """The compressed model's config: the dense one's values, its own model type, and the widths per layer."""
         values = self.dense.model.config.to_dict()
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
-        sizes = (layer.sizes(rank) for layer, rank in zip(self.geometry, ranks, strict=True))
+        sizes = (layer.sizes(rank) for layer, rank in zip(geometry, ranks, strict=True))
         per_layer = {index: widths.to_config() for index, widths in enumerate(sizes)}
         if self.family.inferred:
             values["compressed_family"] = self.family.description.differences()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .activations import Activations
-from .budget import MODULES, LayerRanks, Module
+from .budget import LayerRanks, Module, whole
 from .data import TokenWindows
 from .errors import NumericalError
 from .evaluation import Predictions
@@ -18,7 +17,7 @@ from .layered import LayeredModel, evict, place
 from .methods import Method
 from .results import ModuleProfile, Profile
 from .runner import LayerRunner
-from .solving import LayerLadders
+from .solving import LayerLadders, LayerSolver
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -49,8 +48,12 @@ class Profiler:
         self._method = method
         self._batches = engine.own_batches(probe)
         self._runner = LayerRunner(engine.dense, self._batches, engine.workers)
+        self._geometry = engine.geometry(method)
+        self._solver = LayerSolver(engine.dense, self._geometry, engine.workers, engine.progress)
         self._probed = {module: self._ranks(module) for module in modules}
-        self._thin = {module: engine.skeleton(ranks, share=True) for module, ranks in self._probed.items()}
+        self._thin = {
+            module: engine.skeleton(self._geometry, ranks, share=True) for module, ranks in self._probed.items()
+        }
         self._clean = Activations(len(self._batches))
         self._streams: dict[Place, Activations] = {}
 
@@ -67,9 +70,9 @@ class Profiler:
                         statistics = engine.calibrate(index, layer, hidden, self._method.statistics, keep=True)
                     hidden.complete(index + 1)
                     engine.dense.prefetch(index + 1)
-                    ladders = engine.solver.ladders(index, self._method, layer, statistics, seed)
+                    ladders = self._solver.ladders(index, self._method, layer, statistics, seed)
                     del statistics
-                    curves.append(engine.solver.curves(ladders))
+                    curves.append(self._solver.curves(ladders))
                     self._pass_on(index, layer, ladders)
                 engine.progress.advance()
             hidden.remove()
@@ -77,7 +80,7 @@ class Profiler:
             divergences = self._divergences()
         return [
             {
-                module: ModuleProfile.of(curve[module], getattr(ranks[index], module), divergences[index, module])
+                module: ModuleProfile.of(curve[module], ranks[index][module], divergences[index, module])
                 for module, ranks in self._probed.items()
             }
             for index, curve in enumerate(curves)
@@ -86,10 +89,10 @@ class Profiler:
     def _ranks(self, module: Module) -> list[LayerRanks]:
         """Everything whole but ``module``."""
         result = []
-        for layer in self._engine.geometry:
-            full = LayerRanks(**{name: shape.full for name, shape in layer.modules.items()})
-            shape = layer.modules[module]
-            result.append(replace(full, **{module: shape.nearest(PROBED_SHARE * shape.full, 1)}))
+        for layer in self._geometry:
+            rank, shape = whole(layer), layer.modules[module]
+            rank[module] = shape.nearest(PROBED_SHARE * shape.full, 1)
+            result.append(rank)
         return result
 
     def _pass_on(self, index: int, layer: nn.Module, ladders: LayerLadders) -> None:
@@ -99,7 +102,7 @@ class Profiler:
             for stream in self._streams.values():
                 self._runner.run_layer(index, stream)
         for module, thin in self._thin.items():
-            state, _ = self._engine.solver.cut(ladders, layer, thin.layers[index], self._probed[module][index])
+            state, _ = self._solver.cut(ladders, layer, thin.layers[index], self._probed[module][index])
             self._streams[index, module] = self._through(index, thin, state)
         with self._runner.active():
             self._runner.run_layer(index, self._clean)
@@ -134,6 +137,6 @@ class Profiler:
 def chosen_divergence(profile: Profile, ranks: Sequence[LayerRanks]) -> list[dict[Module, float]]:
     """What every module is predicted to cost at the chosen ``ranks``, in nats per token."""
     return [
-        {module: float(layer[module].losses()[getattr(rank, module)]) for module in MODULES if module in layer}
+        {module: float(one.losses()[rank[module]]) for module, one in layer.items()}
         for layer, rank in zip(profile, ranks, strict=True)
     ]
