@@ -29,11 +29,12 @@ from .errors import NumericalError
 from .evaluation import Loss
 from .families import model_geometry
 from .journal import Journal
+from .kept import Kept, unpacked
 from .layered import LayeredModel, place, resident
 from .layout import HeadShape
 from .methods import METHODS, Method
 from .parallel import Workers
-from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler, chosen_divergence
+from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import Capture, LayerRunner
@@ -81,18 +82,21 @@ class Engine:
     ``workers`` share the windows and the solving. With a ``journal`` (the first worker's), finished layers go to
     disk and out of memory, and those already there are not done again; hidden states go where it says. Sensitivities
     are measured on the ``probe`` windows, best others than those that calibrate: the first of these where not given.
+    The statistics that were gathered on the way are ``kept`` (in the journal's directory, otherwise in memory), and
+    where a finished profile is there already, no ``windows`` are needed. An engine makes one profile, of one method.
     """
 
     def __init__(
         self,
         dense: LayeredModel,
-        windows: TokenWindows,
+        windows: TokenWindows | None,
         batch_size: int,
         *,
         probe: TokenWindows | None = None,
         progress: Progress | None = None,
         workers: Workers | None = None,
         journal: Journal | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.dense = dense
         self.family = dense.family
@@ -103,8 +107,10 @@ class Engine:
         self._states = self.workers.tell(journal.states if journal else None)
         self._batch_size = batch_size
         self._attention = "eager" if is_capped(dense.model) else dense.model.config._attn_implementation
-        self.batches = self.own_batches(windows)
-        self.probe = (windows if probe is None else probe).pieces(PROBE_TOKENS, PROBE_LENGTH)
+        self.kept = kept or (journal.kept if journal else Kept())
+        self.batches = self.own_batches(windows) if windows else []
+        probe = probe or windows
+        self.probe = probe.pieces(PROBE_TOKENS, PROBE_LENGTH) if probe else None
         self.runner = LayerRunner(dense, self.batches, self.workers)
 
     def geometry(self, method: Method) -> list[LayerGeometry]:
@@ -146,13 +152,13 @@ class Engine:
         average = average_sparsity(geometry, config.modules, config.ratio, config.align)
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
-            losses = [{module: one.losses() for module, one in layer.items()} for layer in profile]
+            losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
             ranks = ranks_from_losses(geometry, losses, config.ratio, config.align)
             removed = [
                 {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
                 for layer, rank in zip(geometry, ranks, strict=True)
             ]
-            return Choice(ranks, removed, divergence=chosen_divergence(profile, ranks))
+            return Choice(ranks, removed, divergence=profile.divergence(ranks))
         if config.allocation == "uniform":
             uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
             return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)
@@ -179,13 +185,14 @@ class Engine:
 
     def profile(self, config: CompressionConfig) -> Profile:
         """What compressing each module alone costs, see :class:`modegpt.profile.Profiler`."""
-        known = self.workers.tell(self._journal.profile if self._journal else None)
+        known = self.workers.tell(self.kept.profile)
         if known is not None:
             return known
+        assert self.probe is not None
         method = METHODS[config.method].from_config(config)
         profile = Profiler(self, method, config.modules, self.probe).run(config.seed)
-        if self._journal:
-            self._journal.keep_profile(profile)
+        if self.workers.first:
+            self.kept.finish(profile)
         return profile
 
     def block_influence(self) -> list[tuple[float, float, float]]:
@@ -237,27 +244,32 @@ class Engine:
     def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
         """The layer loop: gather, solve, keep, pass on.
 
-        Layers that the journal already has are only passed through, and only as far as another one needs it.
+        Layers that the journal already has are only passed through, and only as far as another one needs it. Where
+        dense statistics were kept with a profile, nothing runs at all.
         """
         count, geometry = len(self.dense.layers), self.geometry(method)
         thin = self.skeleton(geometry, choice.ranks)
         solver = LayerSolver(self.dense, geometry, self.workers, self.progress)
         done = self.workers.tell(self._journal.finished if self._journal else {})
+        kept = not sequential and self.workers.tell(self.kept.profile is not None)
         open_layers = [index for index in range(count) if index not in done]
         hidden = self.activations("compress", self.batches)
-        start = self._restore(hidden, open_layers[0]) if open_layers else 0
+        start = self._restore(hidden, open_layers[0]) if open_layers and not kept else 0
 
         thin_runner = LayerRunner(thin, self.batches, self.workers)
         results: dict[int, LayerResult] = dict(done)
         with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
-                needed = bool(open_layers) and start <= index < open_layers[-1]  # the outputs, by a later layer
+                # The outputs, by a later layer.
+                needed = bool(open_layers) and not kept and start <= index < open_layers[-1]
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
-                        statistics = self.calibrate(
-                            index, layer, hidden, method.statistics, keep=needed and through_dense
+                        statistics = (
+                            self._kept(index)
+                            if kept
+                            else self.calibrate(index, layer, hidden, method.statistics, keep=needed and through_dense)
                         )
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
@@ -322,6 +334,12 @@ class Engine:
         if not statistics.is_finite():
             raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
         return statistics
+
+    def _kept(self, index: int) -> LayerStatistics:
+        """The statistics of layer ``index`` that the first worker has kept."""
+        self.progress.detail("reading the statistics")
+        own = self.kept.tensors(index) if self.workers.first else None
+        return unpacked(self.workers.tensors(own, 0, self.dense.device))
 
     def _pass_on(self, model: LayeredModel, runner: LayerRunner, index: int, hidden: Activations) -> None:
         self.progress.detail("passing on")
