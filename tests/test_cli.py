@@ -22,6 +22,7 @@ import modegpt
 from helpers import Outcome, compress_arguments, run_cli, run_process
 from modegpt.cli import app
 from modegpt.data import sample_from_model
+from modegpt.methods import METHODS, Method
 
 GROUPS, HEADS, HEAD_DIM, LAYERS, WIDTH = 2, 4, 8, 3, 48
 FULL = {"mlp": WIDTH, "qk": HEAD_DIM // 2, "vo": HEAD_DIM}
@@ -588,13 +589,27 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
         name: parameter.default for name, parameter in inspect.signature(COMMANDS["compress"]).parameters.items()
     }
     del defaults["quiet"]
-    assert defaults.pop("modules") == ",".join(fields["modules"].default)
     assert defaults.pop("devices") == str(fields["devices"].default)
+    decided_by_the_method = {name for name, field in fields.items() if field.default_factory}
+    assert decided_by_the_method == {"modules", "allocation", "statistics"}
+    assert {defaults.pop(name) for name in decided_by_the_method} == {None}
     assert defaults == {
         name: inspect.Parameter.empty if field.is_required() else field.default
         for name, field in fields.items()
-        if name not in ("modules", "devices")
+        if name not in ("modules", "allocation", "statistics", "devices")
     }
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_what_is_not_given_is_what_suits_the_method(method: type[Method]) -> None:
+    config = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name)
+    assert (config.modules, config.allocation, config.statistics) == (
+        method.modules,
+        method.allocation,
+        method.calibrated,
+    )
+    given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation="uniform")
+    assert given.allocation == "uniform"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []], ids=["--help", "nothing"])

@@ -239,7 +239,9 @@ def test_scaled_rotary_embeddings_survive(rope: dict[str, object], tmp_path: Pat
     dense = tiny_llama(**parameters)
     engine = Engine(resident(dense), TokenWindows(IDS), 2)
     with engine.active():
-        full = engine.compress(ModeGPT(1e-4), Choice([LayerRanks(48, 4, 8)] * 3, [{}] * 3), sequential=True).model
+        full = engine.compress(
+            ModeGPT(1e-4), Choice([LayerRanks(mlp=48, qk=4, vo=8)] * 3, [{}] * 3), sequential=True
+        ).model
     long = torch.arange(100)[None]
     torch.testing.assert_close(logits(full, input_ids=long), logits(dense, input_ids=long), rtol=1e-4, atol=1e-4)
     thin = compressed(**parameters)

@@ -98,13 +98,15 @@ def all_at_once(model: LlamaForCausalLM, ranks: list[LayerRanks]) -> list[dict[s
         x, z = seen[f"{prefix}.self_attn.v_proj"], seen[f"{prefix}.mlp.down_proj"]
         weight = {name: p.detach().double() for name, p in layer.named_parameters()}
 
-        nystrom = nystrom_decomposition(z.T @ z, mlp.down_proj.weight.detach().double().T, rank.mlp, RIDGE)
+        nystrom = nystrom_decomposition(z.T @ z, mlp.down_proj.weight.detach().double().T, rank["mlp"], RIDGE)
         query = rotated(x @ weight["self_attn.q_proj.weight"].T, 4)
         key = rotated(x @ weight["self_attn.k_proj.weight"].T, 2)
         pairs = torch.stack(
             [
                 cr_decomposition(
-                    torch.stack([query[2 * g + j].T @ query[2 * g + j] for j in range(2)]), key[g].T @ key[g], rank.qk
+                    torch.stack([query[2 * g + j].T @ query[2 * g + j] for j in range(2)]),
+                    key[g].T @ key[g],
+                    rank["qk"],
                 ).pairs
                 for g in range(2)
             ]
@@ -113,7 +115,7 @@ def all_at_once(model: LlamaForCausalLM, ranks: list[LayerRanks]) -> list[dict[s
         for g in range(2):
             w_v = weight["self_attn.v_proj.weight"].T[:, 8 * g : 8 * g + 8]
             w_o = weight["self_attn.o_proj.weight"].T[16 * g : 16 * g + 16].view(2, 8, -1)
-            result = svd_decomposition(x.T @ x, w_v, w_o, rank.vo)
+            result = svd_decomposition(x.T @ x, w_v, w_o, rank["vo"])
             values.append(result.value)
             outputs.append(result.output)
         results.append(
@@ -139,8 +141,8 @@ def test_streaming_equals_all_at_once() -> None:
         decoder_layers(compressed, family_of(model)), UNEVEN, all_at_once(model, UNEVEN), strict=True
     ):
         state = layer.state_dict()
-        value = state["self_attn.v_proj.weight"].double().T.view(32, 2, rank.vo).transpose(0, 1)[:, None]
-        output = state["self_attn.o_proj.weight"].double().T.view(2, 2, rank.vo, 32)
+        value = state["self_attn.v_proj.weight"].double().T.view(32, 2, rank["vo"]).transpose(0, 1)[:, None]
+        output = state["self_attn.o_proj.weight"].double().T.view(2, 2, rank["vo"], 32)
         torch.testing.assert_close(value @ output, expected.pop("value-output"), rtol=1e-4, atol=1e-4)
         for name, tensor in expected.items():
             torch.testing.assert_close(state[name].double(), tensor.double(), rtol=1e-4, atol=1e-4, msg=name)
@@ -165,7 +167,7 @@ def test_sequential_statistics_come_from_the_compressed_layers_before() -> None:
     handle.remove()
     z = seen[0].double().flatten(0, 1)
     weight = model.model.layers[1].mlp.down_proj.weight.detach().double().T
-    expected = nystrom_decomposition(z.T @ z, weight, UNEVEN[1].mlp, RIDGE).output
+    expected = nystrom_decomposition(z.T @ z, weight, UNEVEN[1]["mlp"], RIDGE).output
     torch.testing.assert_close(first[1].mlp.down_proj.weight.double().T, expected, rtol=1e-4, atol=1e-4)
 
 

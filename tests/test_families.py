@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -36,7 +35,7 @@ from family_table import (
 )
 from helpers import tiny_tokenizer
 from modegpt.activations import Activations
-from modegpt.budget import LayerRanks, kept_parameters
+from modegpt.budget import LayerRanks, kept_parameters, ranks_of
 from modegpt.config import CompressionConfig, RunConfig
 from modegpt.data import TokenWindows
 from modegpt.engine import Compression, Engine, compress_model
@@ -135,9 +134,9 @@ def uneven_ranks(model: PreTrainedModel) -> list[LayerRanks]:
     shares = [(0.6, 0.75, 0.4), (0.4, 0.5, 0.9), (0.7, 1.0, 1.0)]
     return [
         LayerRanks(
-            mlp=round(mlp * full.mlp / 8) * 8 if has_experts(layer) else round(mlp * full.mlp),
-            qk=round(qk * full.qk),
-            vo=round(vo * full.vo),
+            mlp=round(mlp * full["mlp"] / 8) * 8 if has_experts(layer) else round(mlp * full["mlp"]),
+            qk=round(qk * full["qk"]),
+            vo=round(vo * full["vo"]),
         )
         for (mlp, qk, vo), full, layer in zip(shares, full_ranks(model), layers_of(model), strict=True)
     ]
@@ -283,14 +282,14 @@ def low_rank_values(model: PreTrainedModel) -> list[int]:
 
 def prepared(model: PreTrainedModel, module: str, **options: Any) -> list[LayerRanks]:
     """Make parts of ``model`` superfluous; returns the ranks that do without them."""
-    columns = {field: [getattr(rank, field) for rank in full_ranks(model)] for field in ("mlp", "qk", "vo")}
+    columns = {field: [rank[field] for rank in full_ranks(model)] for field in ("mlp", "qk", "vo")}
     if module in ("mlp", "all"):
         columns["mlp"] = dead_channels(model, **options)
     if module in ("qk", "all"):
         columns["qk"] = dead_pairs(model)
     if module in ("vo", "all"):
         columns["vo"] = low_rank_values(model)
-    return [LayerRanks(*rank) for rank in zip(*columns.values(), strict=True)]
+    return [ranks_of(dict(zip(columns, rank, strict=True))) for rank in zip(*columns.values(), strict=True)]
 
 
 def lossless_deviation(model: PreTrainedModel, ranks: list[LayerRanks], data: TokenWindows) -> float:
@@ -357,7 +356,7 @@ def copied_halves(model: PreTrainedModel) -> list[LayerRanks]:
         bias = getattr(norms[0 if index % 2 == 0 else 1], "bias", None)
         if bias is not None:
             bias.detach().zero_()
-        ranks[index] = replace(ranks[index], qk=ranks[index].qk // 2)
+        ranks[index] = {**ranks[index], "qk": ranks[index]["qk"] // 2}
     return ranks
 
 

@@ -103,6 +103,8 @@ def test_full_ranks_leave_the_real_model_unchanged(
     windows = first_windows(texts[0], 1, 256, what="test")
     engine = Engine(resident(dense), windows, 1)
     with engine.active():
-        full = engine.compress(ModeGPT(1e-4), Choice([LayerRanks(1536, 32, 64)] * 30, [{}] * 30), sequential=True).model
+        full = engine.compress(
+            ModeGPT(1e-4), Choice([LayerRanks(mlp=1536, qk=32, vo=64)] * 30, [{}] * 30), sequential=True
+        ).model
     with torch.no_grad():
         torch.testing.assert_close(full(windows.ids).logits, dense(windows.ids).logits, rtol=1e-4, atol=1e-3)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, TypedDict, cast
 
 import torch
 from torch import nn
@@ -16,12 +16,15 @@ from .errors import InvalidRequest
 from .layout import HeadShape, expert_count, intermediate_size, linear, mlp_maps, norms
 from .modeling import Family, LayerSizes
 
-Module = Literal["mlp", "qk", "vo"]
+#: What of a layer is compressed by itself: MLP channels, queries with keys, values with outputs; or whole key-value
+#: heads with their queries; or the layer itself. A method has some of them.
+Module = Literal["mlp", "qk", "vo", "heads", "layer"]
+#: Those of a method that does not say otherwise.
+MODULES: tuple[Module, ...] = ("mlp", "qk", "vo")
 #: Kernels that multiply with all experts at once want rows of a multiple of 16 bytes, in 16-bit formats as well.
 EXPERT_MULTIPLE = 8
 #: Of itself, what a layer's finest module gives or takes so that the total is right, as long as others can.
 _TAKEN = 0.02
-MODULES: tuple[Module, ...] = get_args(Module)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,11 @@ class ModuleGeometry:
     @property
     def parameters(self) -> int:
         """Parameters that can be removed."""
-        return self.full * self.unit_parameters
+        return self.parameters_at(self.full)
+
+    def parameters_at(self, rank: int) -> int:
+        """Parameters at ``rank`` units."""
+        return rank * self.unit_parameters
 
     def step(self, align: int) -> int:
         """The units between two allowed ranks."""
@@ -66,17 +73,28 @@ class LayerGeometry:
 
     def sizes(self, rank: LayerRanks) -> LayerSizes:
         """The widths of the compressed layer at these ranks."""
-        channels = {name: getattr(rank, name) * module.channels for name, module in self.modules.items()}
+        channels = {name: rank[name] * module.channels for name, module in self.modules.items()}
         return LayerSizes(channels["mlp"], qk_head_dim=channels["qk"], v_head_dim=channels["vo"])
 
 
-@dataclass(frozen=True)
-class LayerRanks:
-    """Kept units of one layer, see :class:`ModuleGeometry`."""
+class LayerRanks(TypedDict, total=False):
+    """Kept units of each of a layer's modules, see :class:`ModuleGeometry`."""
 
     mlp: int
     qk: int
     vo: int
+    heads: int
+    layer: int
+
+
+def whole(layer: LayerGeometry) -> LayerRanks:
+    """The ranks at which nothing of a layer is removed."""
+    return ranks_of({module: shape.full for module, shape in layer.modules.items()})
+
+
+def ranks_of(units: Mapping[Module, int]) -> LayerRanks:
+    """``units`` as ranks."""
+    return cast(LayerRanks, dict(units))
 
 
 def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
@@ -120,7 +138,7 @@ def average_sparsity(layers: Sequence[LayerGeometry], modules: Sequence[Module],
     blocks = sum(layer.parameters for layer in layers)
     selected = sum(layer.modules[module].parameters for layer in layers for module in modules)
     chosen = [layer.modules[module] for layer in layers for module in modules]
-    smallest = sum(geometry.nearest(0, align) * geometry.unit_parameters for geometry in chosen)
+    smallest = sum(geometry.parameters_at(geometry.nearest(0, align)) for geometry in chosen)
     extra = sum(layer.extra for layer in layers)  # has to be made up for
     if ratio * blocks + extra > selected - smallest:
         largest = max(0, math.floor(1000 * (selected - smallest - extra) / blocks) / 1000)
@@ -146,7 +164,7 @@ def ranks_from_sparsity(
     carry = 0.0  # parameters kept too few so far
     units: list[dict[Module, int]] = []
     for layer, shares in zip(layers, sparsity, strict=True):
-        kept: dict[Module, int] = {module: layer.modules[module].full for module in MODULES}
+        kept: dict[Module, int] = {module: shape.full for module, shape in layer.modules.items()}
         finest, *_ = _from_finest(layer, shares)
         coarsest = max(
             shares, key=lambda module: layer.modules[module].unit_parameters * layer.modules[module].step(align)
@@ -160,7 +178,7 @@ def ranks_from_sparsity(
             if module == finest:
                 taken = min(max(missing, -room), room)
             kept[module] = geometry.nearest(ideal + taken, align)
-            carry += (ideal - kept[module]) * geometry.unit_parameters
+            carry += (1 - shares[module]) * geometry.parameters - geometry.parameters_at(kept[module])
         units.append(kept)
     for place, limited in ((0, True), (0, False), (1, False), (2, False), (0, False)):
         for layer, shares, kept in reversed(list(zip(layers, sparsity, units, strict=True))):
@@ -169,8 +187,8 @@ def ranks_from_sparsity(
                 missing = carry / geometry.unit_parameters
                 room = max(geometry.step(align), _TAKEN * geometry.full) if limited else geometry.full
                 kept[module] = geometry.nearest(before + min(max(missing, -room), room), align)
-                carry -= (kept[module] - before) * geometry.unit_parameters
-    return [LayerRanks(**kept) for kept in units]
+                carry -= geometry.parameters_at(kept[module]) - geometry.parameters_at(before)
+    return [ranks_of(kept) for kept in units]
 
 
 def ranks_from_losses(
@@ -184,7 +202,7 @@ def ranks_from_losses(
     budget is met within the last segment, then by the finest modules. Raises :class:`InvalidRequest` as
     :func:`average_sparsity` does.
     """
-    modules = [module for module in MODULES if module in losses[0]]
+    modules = list(losses[0])
     average_sparsity(layers, modules, ratio, align)  # refuses what is out of reach
     wanted = ratio * sum(layer.parameters for layer in layers) + sum(layer.extra for layer in layers)
     kept: list[dict[Module, int]] = [
@@ -197,21 +215,21 @@ def ranks_from_losses(
         for slope, rank in _descent(layer.modules[module], losses[index][module], align)
     ]
     for _, index, module, rank in sorted(steps):
-        shape = layers[index].modules[module]
-        if (kept[index][module] - rank) * shape.unit_parameters >= wanted:
-            rank = shape.nearest(kept[index][module] - wanted / shape.unit_parameters, align)
-            wanted -= (kept[index][module] - rank) * shape.unit_parameters
-            kept[index][module] = rank
-            break
-        wanted -= (kept[index][module] - rank) * shape.unit_parameters
+        shape, before = layers[index].modules[module], kept[index][module]
+        last = shape.parameters_at(before) - shape.parameters_at(rank) >= wanted
+        if last:
+            rank = shape.nearest(before - wanted / shape.unit_parameters, align)
+        wanted -= shape.parameters_at(before) - shape.parameters_at(rank)
         kept[index][module] = rank
+        if last:
+            break
     for index, layer in enumerate(layers):  # less than half a step of the last module is left
         finest, *_ = _from_finest(layer, modules)
-        shape = layer.modules[finest]
-        rank = shape.nearest(kept[index][finest] - wanted / shape.unit_parameters, align)
-        wanted -= (kept[index][finest] - rank) * shape.unit_parameters
+        shape, before = layer.modules[finest], kept[index][finest]
+        rank = shape.nearest(before - wanted / shape.unit_parameters, align)
+        wanted -= shape.parameters_at(before) - shape.parameters_at(rank)
         kept[index][finest] = rank
-    return [LayerRanks(**ranks) for ranks in kept]
+    return [ranks_of(ranks) for ranks in kept]
 
 
 def _descent(shape: ModuleGeometry, losses: torch.Tensor, align: int) -> list[tuple[float, int]]:
@@ -244,9 +262,6 @@ def kept_parameters(layers: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]
     return sum(
         layer.parameters
         + layer.extra
-        - sum(
-            (geometry.full - getattr(rank, module)) * geometry.unit_parameters
-            for module, geometry in layer.modules.items()
-        )
+        - sum(geometry.parameters - geometry.parameters_at(rank[module]) for module, geometry in layer.modules.items())
         for layer, rank in zip(layers, ranks, strict=True)
     )

@@ -46,12 +46,12 @@ def compress(
     model: Annotated[str, typer.Argument(help=_help("model"), metavar="MODEL")],
     ratio: Annotated[float, typer.Option(help=_help("ratio"), rich_help_panel=_WHAT)],
     output: Annotated[Path, typer.Option("--output", "-o", help=_help("output"), rich_help_panel=_WHAT)],
-    modules: Annotated[str, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = "mlp,qk,vo",
+    modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     align: Annotated[int, typer.Option(help=_help("align"), rich_help_panel=_WHAT)] = _default("align"),
     method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
-    allocation: Annotated[str, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = _default("allocation"),
+    allocation: Annotated[str | None, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = None,
     temperature: Annotated[str, typer.Option(help=_help("temperature"), rich_help_panel=_HOW)] = "auto",
-    statistics: Annotated[str, typer.Option(help=_help("statistics"), rich_help_panel=_HOW)] = _default("statistics"),
+    statistics: Annotated[str | None, typer.Option(help=_help("statistics"), rich_help_panel=_HOW)] = None,
     ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
     calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = "wikitext2",
     samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
@@ -108,7 +108,7 @@ def _run_config(arguments: dict[str, Any]) -> RunConfig:
         arguments["temperature"] = _number(arguments["temperature"], "--temperature")
     if arguments["devices"].isdigit():
         arguments["devices"] = int(arguments["devices"])
-    return RunConfig.validated(**arguments)
+    return RunConfig.validated(**{name: value for name, value in arguments.items() if value is not None})
 
 
 def plan(**arguments: Any) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
-from .budget import MODULES, Module
+from .budget import Module
 from .data import HUB_DATASETS
 from .errors import InvalidRequest
-from .methods import METHODS
+from .methods import METHODS, Allocation, Calibrated, Method
 from .mixture import MIXTURES
 from .sources import Dtype, usable_device
 
-Allocation = Literal["uniform", "block-influence", "block-influence-split", "sensitivity"]
-Statistics = Literal["sequential", "dense"]
+
+def _of_method(value: Callable[[type[Method]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """A default that the method decides, which is validated before; any will do where that was refused."""
+    return lambda given: value(METHODS[given.get("method", "modegpt")])
 
 
 class CompressionConfig(BaseModel):
@@ -33,10 +36,11 @@ class CompressionConfig(BaseModel):
         description="Compression method. " + " ".join(f"'{name}': {m.summary}." for name, m in METHODS.items()),
     )
     allocation: Allocation = Field(
-        "block-influence",
+        default_factory=_of_method(lambda method: method.allocation),
         description="How the layers share the loss: 'uniform'; 'block-influence', less from layers that change "
         "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43); 'sensitivity', "
-        "less from modules that, compressed alone, move the model's predictions further.",
+        "less from modules that, compressed alone, move the model's predictions further. By default what suits the "
+        "method: " + ", ".join(f"'{m.allocation}' for '{name}'" for name, m in METHODS.items()) + ".",
     )
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
@@ -44,12 +48,16 @@ class CompressionConfig(BaseModel):
         "'auto' lets the most compressed layer lose 80 %.",
     )
     modules: tuple[Module, ...] = Field(
-        MODULES, description="Comma-separated modules to compress: mlp, qk (query-key), vo (value-output)."
+        default_factory=_of_method(lambda method: method.modules),
+        description="Comma-separated modules to compress, all of the method by default: mlp, qk (query-key), "
+        "vo (value-output).",
     )
-    statistics: Statistics = Field(
-        "sequential",
+    statistics: Calibrated = Field(
+        default_factory=_of_method(lambda method: method.calibrated),
         description="'sequential': each layer is calibrated on what the compressed layers before it produce; "
-        "'dense': on what the dense model produces.",
+        "'dense': on what the dense model produces. By default what suits the method: "
+        + ", ".join(f"'{m.calibrated}' for '{name}'" for name, m in METHODS.items())
+        + ".",
     )
     align: Annotated[int, Field(ge=1)] = Field(
         1, description="Round ranks to multiples of this many channels; 8 to 64 can suit a GPU's kernels better."
@@ -74,16 +82,17 @@ class CompressionConfig(BaseModel):
 
     @field_validator("modules", mode="before")
     @classmethod
-    def _split_modules(cls, value: object) -> object:
+    def _split_modules(cls, value: object, info: ValidationInfo) -> object:
+        if "method" not in info.data:  # which is what is refused
+            return ()
+        known = METHODS[info.data["method"]].modules
         if isinstance(value, str):
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         if isinstance(value, (tuple, list)):
-            unknown = [part for part in value if part not in MODULES]
+            unknown = [part for part in value if part not in known]
             if unknown or not value:
-                raise ValueError(
-                    f"unknown module {', '.join(map(repr, unknown)) or '(none)'}; use {', '.join(MODULES)}"
-                )
-            return tuple(module for module in MODULES if module in value)
+                raise ValueError(f"unknown module {', '.join(map(repr, unknown)) or '(none)'}; use {', '.join(known)}")
+            return tuple(module for module in known if module in value)
         return value
 
     def settings(self) -> dict[str, Any]:

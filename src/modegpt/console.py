@@ -19,7 +19,6 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from .budget import MODULES
 from .families import family_rows
 from .plan import Plan
 from .progress import Progress
@@ -198,14 +197,15 @@ def layer_table(report: CompressionReport) -> Table:
         title="Kept of each layer, and the relative error of the module's output", title_justify="left", box=SIMPLE_HEAD
     )
     table.add_column("layer", justify="right")
-    for module, name in zip(MODULES, ("MLP", "QK", "VO"), strict=True):
+    modules = list(report.layers[0].modules)
+    for module in modules:
         sizes = {layer.modules[module].full for layer in report.layers}
-        table.add_column(f"{name}\nof {' or '.join(map(str, sorted(sizes)))}", justify="right")
+        table.add_column(f"{module.upper()}\nof {' or '.join(map(str, sorted(sizes)))}", justify="right")
         table.add_column("\nkept", justify="right", style="dim")
         table.add_column("\nerror", justify="right")
     for index, layer in enumerate(report.layers):
         cells = []
-        for module in MODULES:
+        for module in modules:
             facts = layer.modules[module]
             error = f"[{_colour(facts.relative_error)}]{facts.relative_error:.3f}"
             cells += [str(facts.rank), f"{facts.rank / facts.full:.0%}", error]

@@ -22,18 +22,19 @@ from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
 from .allocation import allocate
-from .budget import MODULES, LayerRanks, Module, average_sparsity, ranks_from_losses, ranks_from_sparsity
+from .budget import LayerGeometry, LayerRanks, Module, average_sparsity, ranks_from_losses, ranks_from_sparsity, whole
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
 from .evaluation import Loss
 from .families import model_geometry
 from .journal import Journal
+from .kept import Kept, unpacked
 from .layered import LayeredModel, place, resident
 from .layout import HeadShape
 from .methods import METHODS, Method
 from .parallel import Workers
-from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler, chosen_divergence
+from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import Capture, LayerRunner
@@ -81,18 +82,21 @@ class Engine:
     ``workers`` share the windows and the solving. With a ``journal`` (the first worker's), finished layers go to
     disk and out of memory, and those already there are not done again; hidden states go where it says. Sensitivities
     are measured on the ``probe`` windows, best others than those that calibrate: the first of these where not given.
+    The statistics that were gathered on the way are ``kept`` (in the journal's directory, otherwise in memory), and
+    where a finished profile is there already, no ``windows`` are needed. An engine makes one profile, of one method.
     """
 
     def __init__(
         self,
         dense: LayeredModel,
-        windows: TokenWindows,
+        windows: TokenWindows | None,
         batch_size: int,
         *,
         probe: TokenWindows | None = None,
         progress: Progress | None = None,
         workers: Workers | None = None,
         journal: Journal | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.dense = dense
         self.family = dense.family
@@ -103,11 +107,15 @@ class Engine:
         self._states = self.workers.tell(journal.states if journal else None)
         self._batch_size = batch_size
         self._attention = "eager" if is_capped(dense.model) else dense.model.config._attn_implementation
-        self.batches = self.own_batches(windows)
-        self.probe = (windows if probe is None else probe).pieces(PROBE_TOKENS, PROBE_LENGTH)
+        self.kept = kept or (journal.kept if journal else Kept())
+        self.batches = self.own_batches(windows) if windows else []
+        probe = probe or windows
+        self.probe = probe.pieces(PROBE_TOKENS, PROBE_LENGTH) if probe else None
         self.runner = LayerRunner(dense, self.batches, self.workers)
-        self.geometry = model_geometry(dense.model)
-        self.solver = LayerSolver(dense, self.geometry, self.workers, self.progress)
+
+    def geometry(self, method: Method) -> list[LayerGeometry]:
+        """What ``method`` can remove of every layer."""
+        return model_geometry(self.dense.model, method.geometry)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -140,28 +148,29 @@ class Engine:
 
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
-        geometry = self.geometry
+        geometry = self.geometry(METHODS[config.method].from_config(config))
         average = average_sparsity(geometry, config.modules, config.ratio, config.align)
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
-            losses = [{module: one.losses() for module, one in layer.items()} for layer in profile]
+            losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
             ranks = ranks_from_losses(geometry, losses, config.ratio, config.align)
             removed = [
-                {module: 1 - getattr(rank, module) / layer.modules[module].full for module in config.modules}
+                {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
                 for layer, rank in zip(geometry, ranks, strict=True)
             ]
-            return Choice(ranks, removed, divergence=chosen_divergence(profile, ranks))
+            return Choice(ranks, removed, divergence=profile.divergence(ranks))
         if config.allocation == "uniform":
             uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
             return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)
 
         influence = influence or self.block_influence()
         # Which of a layer's three scores speaks for which modules.
-        parts: list[tuple[int, tuple[Module, ...]]] = [(0, MODULES)]
-        if config.allocation == "block-influence-split":
-            parts = [(1, ("qk", "vo")), (2, ("mlp",))]
-        chosen = [(slot, [module for module in part if module in config.modules]) for slot, part in parts]
-        chosen = [(slot, part) for slot, part in chosen if part]
+        split = config.allocation == "block-influence-split"
+        slots = [(2 if module == "mlp" else 1) if split else 0 for module in config.modules]
+        chosen = [
+            (slot, [module for module, own in zip(config.modules, slots, strict=True) if own == slot])
+            for slot in sorted(set(slots))
+        ]
         scores = [[row[slot] for slot, _ in chosen] for row in influence]
         weights = [sum(layer.modules[module].parameters for module in part) for layer in geometry for _, part in chosen]
 
@@ -176,13 +185,14 @@ class Engine:
 
     def profile(self, config: CompressionConfig) -> Profile:
         """What compressing each module alone costs, see :class:`modegpt.profile.Profiler`."""
-        known = self.workers.tell(self._journal.profile if self._journal else None)
+        known = self.workers.tell(self.kept.profile)
         if known is not None:
             return known
+        assert self.probe is not None
         method = METHODS[config.method].from_config(config)
         profile = Profiler(self, method, config.modules, self.probe).run(config.seed)
-        if self._journal:
-            self._journal.keep_profile(profile)
+        if self.workers.first:
+            self.kept.finish(profile)
         return profile
 
     def block_influence(self) -> list[tuple[float, float, float]]:
@@ -234,31 +244,37 @@ class Engine:
     def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
         """The layer loop: gather, solve, keep, pass on.
 
-        Layers that the journal already has are only passed through, and only as far as another one needs it.
+        Layers that the journal already has are only passed through, and only as far as another one needs it. Where
+        dense statistics were kept with a profile, nothing runs at all.
         """
-        count = len(self.dense.layers)
-        thin = self.skeleton(choice.ranks)
+        count, geometry = len(self.dense.layers), self.geometry(method)
+        thin = self.skeleton(geometry, choice.ranks)
+        solver = LayerSolver(self.dense, geometry, self.workers, self.progress)
         done = self.workers.tell(self._journal.finished if self._journal else {})
+        kept = not sequential and self.workers.tell(self.kept.profile is not None)
         open_layers = [index for index in range(count) if index not in done]
         hidden = self.activations("compress", self.batches)
-        start = self._restore(hidden, open_layers[0]) if open_layers else 0
+        start = self._restore(hidden, open_layers[0]) if open_layers and not kept else 0
 
         thin_runner = LayerRunner(thin, self.batches, self.workers)
         results: dict[int, LayerResult] = dict(done)
         with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
-                needed = bool(open_layers) and start <= index < open_layers[-1]  # the outputs, by a later layer
-                through_dense = not sequential or self._whole(index, choice.ranks[index])
+                # The outputs, by a later layer.
+                needed = bool(open_layers) and not kept and start <= index < open_layers[-1]
+                through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
-                        statistics = self.calibrate(
-                            index, layer, hidden, method.statistics, keep=needed and through_dense
+                        statistics = (
+                            self._kept(index)
+                            if kept
+                            else self.calibrate(index, layer, hidden, method.statistics, keep=needed and through_dense)
                         )
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
-                        ladders = self.solver.ladders(index, method, layer, statistics, seed)
-                        state, modules = self.solver.cut(ladders, layer, thin.layers[index], choice.ranks[index])
+                        ladders = solver.ladders(index, method, layer, statistics, seed)
+                        state, modules = solver.cut(ladders, layer, thin.layers[index], choice.ranks[index])
                         self._say_short_experts(index, modules)
                         del statistics, ladders
                     results[index] = LayerResult(choice.sparsity[index], modules)
@@ -319,6 +335,12 @@ class Engine:
             raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
         return statistics
 
+    def _kept(self, index: int) -> LayerStatistics:
+        """The statistics of layer ``index`` that the first worker has kept."""
+        self.progress.detail("reading the statistics")
+        own = self.kept.tensors(index) if self.workers.first else None
+        return unpacked(self.workers.tensors(own, 0, self.dense.device))
+
     def _pass_on(self, model: LayeredModel, runner: LayerRunner, index: int, hidden: Activations) -> None:
         self.progress.detail("passing on")
         with model.live(index):
@@ -346,17 +368,15 @@ class Engine:
         elif used:
             thin.bring(index, state)
 
-    def _whole(self, index: int, rank: LayerRanks) -> bool:
-        """Whether nothing of a layer is removed, so that its dense outputs are its compressed ones."""
-        return all(getattr(rank, module) == shape.full for module, shape in self.geometry[index].modules.items())
-
-    def skeleton(self, ranks: Sequence[LayerRanks], *, share: bool = False) -> LayeredModel:
+    def skeleton(
+        self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks], *, share: bool = False
+    ) -> LayeredModel:
         """The compressed model with everything but its decoder layers, which stay on the meta device.
 
         What lies outside them is the dense model's own if ``share``, or if the compressed layers go to disk.
         """
         dense = self.dense.model
-        config = self.compressed_config(ranks)
+        config = self.compressed_config(geometry, ranks)
         with init_empty_weights(include_buffers=False):  # some rotary embeddings cannot be computed on meta
             compressed = self.family.causal_lm(config)
         prefix = f"{dense.base_model_prefix}.{self.family.description.layers}."
@@ -374,12 +394,12 @@ class Engine:
         own = self._journal.tensors(index) if self._journal else None
         return self.workers.tensors(own, 0, self.dense.device)
 
-    def compressed_config(self, ranks: Sequence[LayerRanks]) -> Any:
+    def compressed_config(self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> Any:
         """The compressed model's config: the dense one's values, its own model type, and the widths per layer."""
         values = self.dense.model.config.to_dict()
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
-        sizes = (layer.sizes(rank) for layer, rank in zip(self.geometry, ranks, strict=True))
+        sizes = (layer.sizes(rank) for layer, rank in zip(geometry, ranks, strict=True))
         per_layer = {index: widths.to_config() for index, widths in enumerate(sizes)}
         if self.family.inferred:
             values["compressed_family"] = self.family.description.differences()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from .budget import LayerGeometry, layer_geometry
 from .errors import InvalidRequest
 from .modeling import FAMILIES, CompressedFamily, Family, has_experts, is_compressed
+
+#: The parts of a layer as a method sees them, see :meth:`modegpt.methods.Method.geometry`.
+GeometryOf = Callable[[nn.Module, PreTrainedConfig, Family], LayerGeometry]
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -109,7 +113,7 @@ def decoder_layers(model: PreTrainedModel, family: CompressedFamily) -> list[nn.
     return list(layers)
 
 
-def model_geometry(model: PreTrainedModel) -> list[LayerGeometry]:
-    """Parameter counts of every decoder layer of a stock model (which may be on the meta device)."""
+def model_geometry(model: PreTrainedModel, of: GeometryOf = layer_geometry) -> list[LayerGeometry]:
+    """Parameter counts of every decoder layer of a stock model (which may be on meta), by a method's rule."""
     family = family_of(model)
-    return [layer_geometry(layer, model.config, family.description) for layer in decoder_layers(model, family)]
+    return [of(layer, model.config, family.description) for layer in decoder_layers(model, family)]

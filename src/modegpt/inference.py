@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .budget import LayerRanks
+from .budget import whole
 from .costs import Sizes, resized
 from .data import TokenWindows
 from .families import model_geometry
@@ -162,8 +162,9 @@ def _reproduces(model: Any) -> bool:
                     for tensor in (linear.weight, linear.bias):
                         for block in () if tensor is None else tensor.split(_INTERMEDIATE):  # gate and up can be in one
                             block[:dead] = 0
-        full = [{name: module.full for name, module in layer.modules.items()} for layer in model_geometry(model)]
-        ranks = [LayerRanks(mlp=units["mlp"] - dead, qk=units["qk"], vo=units["vo"]) for units in full]
+        ranks = [whole(layer) for layer in model_geometry(model)]
+        for rank in ranks:
+            rank["mlp"] -= dead
         engine = Engine(dense, windows, len(windows.ids))
         with engine.active():
             small = engine.compress(ModeGPT(1e-4), Choice(ranks, [{} for _ in ranks]), sequential=False).model

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
-from .budget import MODULES, average_sparsity
+from .budget import average_sparsity
 from .config import RunConfig
 from .costs import (
     Sizes,
@@ -165,7 +165,8 @@ def make_plan(
     except Exception as error:  # a config can be valid by itself and still describe no model
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
-    average_sparsity(model_geometry(model), config.modules, config.ratio, config.align)
+    geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
+    average_sparsity(geometry, config.modules, config.ratio, config.align)
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
@@ -359,7 +360,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     evaluated = _evaluated_texts(config) * _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
-    parts = {module: sizes.experts if module == "mlp" else 1 for module in MODULES}
+    parts = {module: sizes.experts if module == "mlp" else 1 for module in METHODS[config.method].modules}
     solve = sizes.layers * sum(count * solve_flops(module, sizes, kept) for module, count in parts.items())
     head = 2 * head_flops(sizes.hidden, shape.vocabulary)
 
@@ -407,7 +408,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
         gram=window
         * gram_flops(sizes, METHODS[config.method].statistics, window)
         / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
-        solve=sum(solve_flops(module, sizes, kept) for module in MODULES) / seconds["solve"],
+        solve=sum(solve_flops(module, sizes, kept) for module in METHODS[config.method].modules) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
         sample=SAMPLED_AT_ONCE
         * (forward_flops(sizes, 1) + head_flops(sizes.hidden, _PROBE_VOCABULARY))

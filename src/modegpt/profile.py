@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .activations import Activations
-from .budget import MODULES, LayerRanks, Module
+from .budget import LayerRanks, Module, whole
 from .data import TokenWindows
 from .errors import NumericalError
-from .evaluation import Predictions
+from .evaluation import Loss, Predictions
 from .layered import LayeredModel, evict, place
 from .methods import Method
 from .results import ModuleProfile, Profile
 from .runner import LayerRunner
-from .solving import LayerLadders
+from .solving import LayerLadders, LayerSolver
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -55,8 +54,12 @@ class Profiler:
         self._method = method
         self._batches = engine.own_batches(probe)
         self._runner = LayerRunner(engine.dense, self._batches, engine.workers)
+        self._geometry = engine.geometry(method)
+        self._solver = LayerSolver(engine.dense, self._geometry, engine.workers, engine.progress)
         self._probed = {module: self._ranks(module) for module in modules}
-        self._thin = {module: engine.skeleton(ranks, share=True) for module, ranks in self._probed.items()}
+        self._thin = {
+            module: engine.skeleton(self._geometry, ranks, share=True) for module, ranks in self._probed.items()
+        }
         self._clean = Activations(len(self._batches))
         self._streams: dict[Place, Activations] = {}
 
@@ -73,29 +76,32 @@ class Profiler:
                         statistics = engine.calibrate(index, layer, hidden, self._method.statistics, keep=True)
                     hidden.complete(index + 1)
                     engine.dense.prefetch(index + 1)
-                    ladders = engine.solver.ladders(index, self._method, layer, statistics, seed)
+                    ladders = self._solver.ladders(index, self._method, layer, statistics, seed)
+                    if engine.workers.first:
+                        engine.kept.put(index, statistics)
                     del statistics
-                    curves.append(engine.solver.curves(ladders))
+                    curves.append(self._solver.curves(ladders))
                     self._pass_on(index, layer, ladders)
                 engine.progress.advance()
             hidden.remove()
             engine.progress.detail("divergence")
-            divergences = self._divergences()
-        return [
+            divergences, perplexity = self._divergences()
+        modules = [
             {
-                module: ModuleProfile.of(curve[module], getattr(ranks[index], module), divergences[index, module])
+                module: ModuleProfile.of(curve[module], ranks[index][module], divergences[index, module])
                 for module, ranks in self._probed.items()
             }
             for index, curve in enumerate(curves)
         ]
+        return Profile(modules, perplexity)
 
     def _ranks(self, module: Module) -> list[LayerRanks]:
         """Everything whole but ``module``."""
         result = []
-        for layer in self._engine.geometry:
-            full = LayerRanks(**{name: shape.full for name, shape in layer.modules.items()})
-            shape = layer.modules[module]
-            result.append(replace(full, **{module: shape.nearest(PROBED_SHARE * shape.full, 1)}))
+        for layer in self._geometry:
+            rank, shape = whole(layer), layer.modules[module]
+            rank[module] = shape.nearest(PROBED_SHARE * shape.full, 1)
+            result.append(rank)
         return result
 
     def _pass_on(self, index: int, layer: nn.Module, ladders: LayerLadders) -> None:
@@ -105,7 +111,7 @@ class Profiler:
             for stream in self._streams.values():
                 self._runner.run_layer(index, stream)
         for module, thin in self._thin.items():
-            state, _ = self._engine.solver.cut(ladders, layer, thin.layers[index], self._probed[module][index])
+            state, _ = self._solver.cut(ladders, layer, thin.layers[index], self._probed[module][index])
             self._streams[index, module] = self._through(index, thin, state)
         with self._runner.active():
             self._runner.run_layer(index, self._clean)
@@ -119,27 +125,22 @@ class Profiler:
         evict(thin.layers[index])
         return stream
 
-    def _divergences(self) -> dict[Place, float]:
-        """E over tokens of KL(dense || stream) of every stream."""
+    def _divergences(self) -> tuple[dict[Place, float], float]:
+        """E over tokens of KL(dense || stream) of every stream, and the dense model's perplexity."""
+        loss = Loss()
         totals = torch.zeros(len(self._streams) + 1, dtype=torch.float64)
         with self._runner.active():
             for number, batch in enumerate(self._batches):
                 for start, logits in self._runner.head(number, self._clean):
+                    loss.add(logits, batch, start)
                     dense = Predictions(logits, batch, start)
                     totals[-1] += dense.count
                     for slot, stream in enumerate(self._streams.values()):
                         other = self._runner.logits(number, stream, start, logits.shape[1])
                         totals[slot] += dense.divergence(other)
         self._engine.workers.sum(totals)
+        self._engine.workers.sum(loss.totals)
         means = (totals[:-1] / totals[-1]).clamp_min(0)
         if not bool(means.isfinite().all()):
             raise NumericalError("NaN or infinite logits with one module compressed")
-        return dict(zip(self._streams, means.tolist(), strict=True))
-
-
-def chosen_divergence(profile: Profile, ranks: Sequence[LayerRanks]) -> list[dict[Module, float]]:
-    """What every module is predicted to cost at the chosen ``ranks``, in nats per token."""
-    return [
-        {module: float(layer[module].losses()[getattr(rank, module)]) for module in MODULES if module in layer}
-        for layer, rank in zip(profile, ranks, strict=True)
-    ]
+        return dict(zip(self._streams, means.tolist(), strict=True)), loss.perplexity()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from .budget import MODULES, LayerGeometry, LayerRanks, Module
+from .budget import LayerGeometry, LayerRanks, Module
 from .costs import Sizes, solve_flops, spread
 from .decompositions import with_pseudo_tokens
 from .layered import LayeredModel
@@ -36,6 +36,7 @@ from .weights import (
 Tensors = dict[str, torch.Tensor]
 #: A module of a layer, or one expert of its MLP.
 Part = tuple[Module, int | None]
+_SEEDED: tuple[Module, ...] = get_args(Module)
 _EXPERT_SEED = 1_000_003
 
 
@@ -81,13 +82,13 @@ class LayerSolver:
         self, index: int, method: Method, layer: nn.Module, statistics: LayerStatistics, seed: int
     ) -> LayerLadders:
         """What ``method`` finds for layer ``index``; ``statistics`` is not needed afterwards but by the ladders."""
-        parts = _parts(layer, self._family)
+        parts = _parts(layer, self._family, method.modules)
         owners = spread({part: solve_flops(part[0], self._sizes) for part in parts}, self._workers.size)
 
         def seeded(part: Part) -> None:
             # What a method draws depends on the place alone, not on how far this process has come.
-            place_number = len(MODULES) * index + MODULES.index(part[0]) + _EXPERT_SEED * (part[1] or 0)
-            torch.manual_seed((seed + place_number) % 2**63)
+            number = len(_SEEDED) * index + _SEEDED.index(part[0]) + _EXPERT_SEED * (part[1] or 0)
+            torch.manual_seed((seed + number) % 2**63)
 
         own = {}
         with self._own_randomness():
@@ -105,10 +106,11 @@ class LayerSolver:
         with self._own_randomness():
             for part, ladder in ladders.own.items():
                 ladders.seeded(part)
-                solution = ladder.at(getattr(rank, part[0]))
+                solution = ladder.at(rank[part[0]])
                 solved[part] = self._tensors(part, solution.weights, solution.pairs), Outcome.of(solution)
         state: Tensors = {}
-        outcomes: dict[Module, list[Outcome]] = {module: [] for module in MODULES}
+        geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
+        outcomes: dict[Module, list[Outcome]] = {module: [] for module in geometry}
         for part, owner in ladders.owners.items():
             mine = solved.pop(part, None)
             own = None if mine is None else cast_like(mine[0], layer)
@@ -116,10 +118,7 @@ class LayerSolver:
             outcome = self._workers.tell(None if mine is None else mine[1], owner)
             assert outcome is not None
             outcomes[part[0]].append(outcome)
-        geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
-        results = {
-            module: _result(outcomes[module], getattr(rank, module), geometry[module].full) for module in MODULES
-        }
+        results = {module: _result(outcomes[module], rank[module], shape.full) for module, shape in geometry.items()}
         if tokens is not None:
             results["mlp"] = replace(results["mlp"], expert_tokens=list(tokens))
         return complete(thin, stack_experts(state), like=layer), results
@@ -163,11 +162,11 @@ class LayerSolver:
         return HeadShape.of(layer, self._dense.model.config, self._family)
 
 
-def _parts(layer: nn.Module, family: Family) -> list[Part]:
-    """What is solved by itself in a layer: its modules, and in place of the MLP each expert."""
+def _parts(layer: nn.Module, family: Family, modules: Sequence[Module]) -> list[Part]:
+    """What is solved by itself in a layer: its ``modules``, and in place of the MLP each expert."""
     experts = expert_count(layer, family)
     mlp: list[Part] = [("mlp", expert) for expert in range(experts)] if experts else [("mlp", None)]
-    return [*mlp, ("qk", None), ("vo", None)]
+    return [part for module in modules for part in (mlp if module == "mlp" else [(module, None)])]
 
 
 def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -> LayerStatistics:

@@ -1,9 +1,9 @@
 """Compression methods by name. A new one is a subclass of :class:`Method` and a line here."""
 
-from .base import Ladder, Method, Solution
+from .base import Allocation, Calibrated, Ladder, Method, Solution
 from .greedy import Greedy
 from .modegpt import ModeGPT
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT)}
 
-__all__ = ["METHODS", "Greedy", "Ladder", "Method", "ModeGPT", "Solution"]
+__all__ = ["METHODS", "Allocation", "Calibrated", "Greedy", "Ladder", "Method", "ModeGPT", "Solution"]

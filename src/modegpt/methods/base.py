@@ -6,10 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
+from ..budget import MODULES, LayerGeometry, Module, layer_geometry
+from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 
@@ -17,6 +21,10 @@ if TYPE_CHECKING:
     from ..config import CompressionConfig
 
 Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights)
+
+#: How the layers share the loss, and on which activations a layer is calibrated.
+Allocation = Literal["uniform", "block-influence", "block-influence-split", "sensitivity"]
+Calibrated = Literal["sequential", "dense"]
 
 #: Ranks at which the error is computed, evenly spread, where a method does not know all of them.
 _PROBED = 8
@@ -70,10 +78,15 @@ class Ladder(Generic[Weights]):
 
 
 class Method(ABC):
-    """A compression method: three solvers, one per module type. Subclasses are registered by name."""
+    """A compression method: a solver for each type of module it compresses. Subclasses are registered by name."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    modules: ClassVar[tuple[Module, ...]] = MODULES
+    """What of a layer it compresses."""
+    allocation: ClassVar[Allocation] = "uniform"
+    calibrated: ClassVar[Calibrated] = "dense"
+    """What it is used with where nothing else is asked for."""
     statistics: ClassVar[frozenset[Statistic]]
     """What the solvers read."""
 
@@ -81,6 +94,10 @@ class Method(ABC):
     @abstractmethod
     def from_config(cls, config: CompressionConfig) -> Method:
         """The method with those of the run's options that concern it."""
+
+    def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
+        """The parameters of a stock decoder ``layer`` (which may be on the meta device) by the method's modules."""
+        return layer_geometry(layer, config, family)
 
     @abstractmethod
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:

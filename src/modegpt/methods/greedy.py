@@ -43,6 +43,7 @@ class Greedy(Method):
 
     name = "greedy"
     summary = "channels and rotary pairs go one by one, those that stay are re-fitted; values as heads put them out"
+    allocation = "sensitivity"
     statistics = frozenset({"mlp", "query", "key", "logits", "head_outputs"})
 
     def __init__(self, ridge: float) -> None:

@@ -18,6 +18,8 @@ class ModeGPT(Method):
 
     name = "modegpt"
     summary = "the paper's algorithms: Nystroem for the MLP, CR for query-key, SVD for value-output"
+    allocation = "block-influence"
+    calibrated = "sequential"
     statistics = frozenset({"mlp", "attention_input", "query", "key"})
 
     def __init__(self, ridge: float) -> None:
