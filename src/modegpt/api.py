@@ -14,7 +14,7 @@ from .data import TokenWindows, check_length, other_windows, random_windows, sam
 from .engine import compress_model
 from .errors import InvalidRequest
 from .families import check_model
-from .mixture import Cut, Mixture, Texts, read_mixture
+from .mixture import DEFAULT, Cut, Mixture, Texts, read_mixture
 from .profile import probe_shape, probe_windows
 from .progress import Progress
 from .report import TextFacts, build_report
@@ -28,7 +28,7 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     ratio: float,
-    calibration: Calibration = "wikitext2",
+    calibration: Calibration = DEFAULT,
     progress: Progress | None = None,
     **options: Any,
 ) -> PreTrainedModel:

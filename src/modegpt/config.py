@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
+from . import mixture
 from .budget import Module
 from .data import HUB_DATASETS
 from .errors import InvalidRequest
 from .methods import METHODS, Allocation, Calibrated, Method
-from .mixture import MIXTURES
 from .sources import Dtype, usable_device
 
 
@@ -119,11 +119,11 @@ class RunConfig(CompressionConfig):
     model: str = Field(description="A hub id, a local Hugging Face directory, or a .gguf file (which is dequantised).")
     output: Path = Field(description="Directory for the compressed checkpoint.")
     calibration: str = Field(
-        "wikitext2",
+        mixture.DEFAULT,
         description=f"Calibration text: {', '.join(map(repr, HUB_DATASETS))} from the hub; a .txt, .txt.gz, .jsonl or "
         ".parquet file; 'self', text sampled from the model; or several, separated by commas, each with its share of "
         "the windows if not equal: text.jsonl:0.75,self:0.25. 'mix' is the mixture "
-        f"{MIXTURES['mix'].replace(',', ', ')}.",
+        f"{mixture.MIXTURES['mix'].replace(',', ', ')}.",
     )
     evaluate: str = Field(
         "held-out",
