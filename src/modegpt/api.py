@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .aims import with_ratio
 from .config import CompressionConfig
 from .data import (
     SELF,
@@ -37,12 +38,15 @@ def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    ratio: float,
+    ratio: float | None = None,
     calibration: Calibration = "wikitext2",
     progress: Progress | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Remove ``ratio`` of the decoder blocks' parameters of a causal language model, in memory.
+
+    In place of ``ratio`` there can be ``target_parameters`` ("5.5B"), ``target_size`` ("4GiB") or, with the
+    ``sensitivity`` allocation, ``max_perplexity_increase`` ("10%").
 
     ``calibration`` is a data set's name (``wikitext2``, ``ptb``, ``alpaca``), the path of a text file, ``self`` for
     text sampled from the model, a list of texts, token ids (N, T) int64, or :class:`TokenWindows` where windows are
@@ -57,6 +61,7 @@ def compress(
     """
     config = CompressionConfig.validated(ratio=ratio, **options)
     check_model(model)
+    config = with_ratio(config, model, model.dtype.itemsize)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
     windows, probe, source = _windows(model, tokenizer, calibration, config)
@@ -66,7 +71,8 @@ def compress(
     check_length(windows.ids.shape[1], model.config)
     config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
     result = compress_model(model, windows, config, progress, probe=probe)
-    settings = ", ".join(f"{name}={value!r}" for name, value in {"ratio": ratio, **options}.items())
+    given = {**({} if ratio is None else {"ratio": ratio}), **options}
+    settings = ", ".join(f"{name}={value!r}" for name, value in given.items())
     command = f"modegpt.compress(model, tokenizer, calibration={source!r}, {settings})"
     report = build_report(model, result, config, TextFacts.of(source, windows), command=command)
     vars(result.model)["compression_report"] = report

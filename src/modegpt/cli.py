@@ -44,8 +44,15 @@ _WHAT, _HOW, _TEXT, _RUN = "What to remove", "How to choose it", "Text", "Runnin
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help=_help("model"), metavar="MODEL")],
-    ratio: Annotated[float, typer.Option(help=_help("ratio"), rich_help_panel=_WHAT)],
     output: Annotated[Path, typer.Option("--output", "-o", help=_help("output"), rich_help_panel=_WHAT)],
+    ratio: Annotated[float | None, typer.Option(help=_help("ratio"), rich_help_panel=_WHAT)] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help=_help("target_parameters"), rich_help_panel=_WHAT)
+    ] = None,
+    target_size: Annotated[str | None, typer.Option(help=_help("target_size"), rich_help_panel=_WHAT)] = None,
+    max_perplexity_increase: Annotated[
+        str | None, typer.Option(help=_help("max_perplexity_increase"), rich_help_panel=_WHAT)
+    ] = None,
     modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     align: Annotated[int, typer.Option(help=_help("align"), rich_help_panel=_WHAT)] = _default("align"),
     method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
@@ -123,7 +130,7 @@ def plan(**arguments: Any) -> None:
 
     del arguments["quiet"]
     config = _run_config(arguments)
-    _, predicted, shape = plan_request(config)
+    config, _, predicted, shape = plan_request(config)
     Console().print(plan_table(predicted))
     check_plan(predicted, config, shape)
 

@@ -122,7 +122,7 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
             f"--devices {count}: there are {batches} batches to share; use fewer processes, more "
             "--samples or a smaller --batch-size"
         )
-    model_config, plan, shape = plan_request(config, timed=timed)
+    config, model_config, plan, shape = plan_request(config, timed=timed)
     if not finished:
         check_plan(plan, config, shape)
     tokenizer = source.tokenizer()
@@ -138,13 +138,14 @@ def check_start(config: RunConfig) -> None:
     check_unfinished(config.output, _fingerprint(request, read_texts(config, request.tokenizer)), config.restart)
 
 
-def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedConfig, Plan, Shape]:
-    """The model's config, what ``config`` will take, and the shape that this follows from."""
+def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[RunConfig, PreTrainedConfig, Plan, Shape]:
+    """``config`` with its ratio, the model's config, what it will take, and the shape that this follows from."""
     source = ModelSource(config.model, config.trust_remote_code)
     model_config = source.config()
     check_family(model_config)
     check_length(config.sequence_length, model_config)
-    return model_config, *make_plan(config, source, model_config, timed=timed)
+    config, plan, shape = make_plan(config, source, model_config, timed=timed)
+    return config, model_config, plan, shape
 
 
 def _compress(request: Request, progress: Progress, crew: Workers, command: str | None) -> CompressionReport:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
+from .aims import with_ratio
 from .budget import average_sparsity
 from .config import RunConfig
 from .costs import (
@@ -54,6 +55,7 @@ from .weights import read_mlp, read_query_key, read_value_output
 OVERHEAD_BYTES = 100_000_000
 #: Allowance for a GPU's context and the libraries' workspaces on it.
 DEVICE_OVERHEAD_BYTES = 700_000_000
+_LITTLE = 0.01
 _PROBE_WIDTH, _PROBE_TOKENS, _PROBE_VOCABULARY, _PROBES = 1024, 2048, 2048, 2
 
 
@@ -152,10 +154,11 @@ def shape_of(model: PreTrainedModel, item: int) -> Shape:
 
 def make_plan(
     config: RunConfig, source: ModelSource, model_config: PreTrainedConfig, *, timed: bool
-) -> tuple[Plan, Shape]:
+) -> tuple[RunConfig, Plan, Shape]:
     """The plan of ``config`` and the model's shape; ``timed`` plans include times, measured in some seconds.
 
-    Raises :class:`InvalidRequest` for a config that describes no model, and for a ratio out of reach.
+    The first is ``config`` with the ratio that its target comes to. Raises :class:`InvalidRequest` for a config that
+    describes no model, and for a ratio out of reach.
     """
     try:
         model = empty_model(model_config, config.trust_remote_code)
@@ -164,12 +167,18 @@ def make_plan(
     except Exception as error:  # a config can be valid by itself and still describe no model
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
+    config = with_ratio(config, model, dtype.itemsize)
     geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    average_sparsity(geometry, config.modules, config.ratio, config.align)
+    average_sparsity(geometry, config.modules, _ratio(config), config.align)
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
-    return plan, shape
+    return config, plan, shape
+
+
+def _ratio(config: RunConfig) -> float:
+    """What is removed; where that is chosen on the way, little, which takes most memory and disk."""
+    return _LITTLE if config.ratio is None else config.ratio
 
 
 def predict(config: RunConfig, shape: Shape, *, on_gpu: bool | None = None) -> Plan:
@@ -279,7 +288,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
-    kept = 1 - config.ratio if config.allocation == "uniform" else 1 - config.ratio / 2
+    kept = 1 - _ratio(config) if config.allocation == "uniform" else 1 - _ratio(config) / 2
     solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     if config.method == Greedy.name:
         solve = max(solve, statistics + elimination_bytes(shape.sizes))
@@ -295,7 +304,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _disk(config: RunConfig, shape: Shape) -> list[Part]:
-    weights = round(shape.layers - config.ratio * shape.layers) + shape.rest * shape.item
+    weights = round((1 - _ratio(config)) * shape.layers) + shape.rest * shape.item
     # Finished layers stay until the checkpoint made of them is in its place.
     return [Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
 
@@ -334,7 +343,7 @@ class Rates:
 
 
 def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhasePlan]:
-    sizes, kept = shape.sizes, 1 - config.ratio
+    sizes, kept = shape.sizes, 1 - _ratio(config)
     window = config.sequence_length
     tokens = _share(config, config.samples) * window
     evaluated = 0 if config.evaluate == "none" else _share(config, config.evaluation_samples) * window
@@ -373,7 +382,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
     real = Sizes.of(model)
     on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
     sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
-    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - config.ratio
+    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - _ratio(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
@@ -403,7 +412,7 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
         seconds[name] = min(time.perf_counter() - started, seconds.get(name, math.inf))  # the first time warms up
 
     def rank(full: int) -> int:
-        return max(1, round((1 - config.ratio) * full))
+        return max(1, round((1 - _ratio(config)) * full))
 
     method, family = METHODS[config.method].from_config(config), model.family.description
     layer, hidden = model.layers[0], Activations(1)

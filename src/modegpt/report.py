@@ -160,7 +160,7 @@ def build_report(
         calibration=calibration,
         evaluation=evaluation,
         perplexity=perplexity,
-        requested_ratio=config.ratio,
+        requested_ratio=config.ratio or result.choice.ratio or 0.0,
         block_parameters=Pair(dense=blocks[0], compressed=blocks[1]),
         parameters=Pair(dense=everything[0], compressed=everything[1]),
         bytes=Pair(dense=stored[0], compressed=stored[1]),
