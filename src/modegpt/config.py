@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from typing_extensions import Self
 
 from .budget import Module
+from .data import HUB_DATASETS
 from .errors import InvalidRequest
 from .methods import METHODS, Allocation, Calibrated, Method
+from .mixture import MIXTURES
 from .sources import Dtype, usable_device
 
 
@@ -185,15 +187,19 @@ class RunConfig(CompressionConfig):
     output: Path = Field(description="Directory for the compressed checkpoint.")
     calibration: str = Field(
         "wikitext2",
-        description="Calibration text: 'wikitext2', 'ptb' or 'alpaca' from the hub; a .txt, .txt.gz, .jsonl or "
-        ".parquet file; or 'self', text sampled from the model.",
+        description=f"Calibration text: {', '.join(map(repr, HUB_DATASETS))} from the hub; a .txt, .txt.gz, .jsonl or "
+        ".parquet file; 'self', text sampled from the model; or several, separated by commas, each with its share of "
+        "the windows if not equal: text.jsonl:0.75,self:0.25. 'mix' is the mixture "
+        f"{MIXTURES['mix'].replace(',', ', ')}.",
     )
     evaluate: str = Field(
         "held-out",
-        description="Text for perplexity before and after: 'held-out' (the data set's test split, or the last tenth "
-        "of a file, never calibrated on), another data set or file, or 'none'.",
+        description="Text for perplexity before and after: 'held-out' (of each calibration text the data set's test "
+        "split, or the last tenth of a file, never calibrated on), another data set or file, or 'none'.",
     )
-    evaluation_samples: Annotated[int, Field(ge=1)] = Field(8, description="Windows to evaluate on, from the start.")
+    evaluation_samples: Annotated[int, Field(ge=1)] = Field(
+        8, description="Windows to evaluate on, from the start of each text."
+    )
     dtype: Dtype = Field(
         "auto", description="Weight dtype: auto (the checkpoint's; float32 for GGUF), float32, bfloat16 or float16."
     )
@@ -216,9 +222,10 @@ class RunConfig(CompressionConfig):
 
     @field_validator("model", "output", "calibration", "evaluate")
     @classmethod
-    def _usable_name(cls, value: str | Path) -> str | Path:
+    def _usable_name(cls, value: str | Path, info: ValidationInfo) -> str | Path:
         try:
-            too_long = any(len(part.encode()) > 255 for part in Path(value).parts)
+            names = str(value).split(",") if info.field_name == "calibration" else [value]
+            too_long = any(len(part.encode()) > 255 for name in names for part in Path(name).parts)
         except UnicodeEncodeError:
             raise ValueError("not valid Unicode; the report could not hold it") from None
         if too_long:

@@ -178,8 +178,9 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
         f"{size.removed:.2%}",
     )
     if report.perplexity and report.evaluation:
-        label = escape(f"Perplexity ({report.evaluation.source})")
-        table.add_row(label, f"{report.perplexity.dense:.3f}", f"{report.perplexity.compressed:.3f}", "")
+        measured = {report.evaluation.source: report.perplexity, **(report.perplexities or {})}
+        for text, pair in measured.items():
+            table.add_row(escape(f"Perplexity ({text})"), f"{pair.dense:.3f}", f"{pair.compressed:.3f}", "")
     if run is not None:
         table.add_section()
         for name, seconds in run.seconds.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -16,18 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from .checkpoint import check_output, load, publish, published
 from .config import RunConfig
 from .data import (
-    HUB_DATASETS,
-    SELF,
     TokenWindows,
     check_length,
     check_source,
     first_windows,
-    other_windows,
-    random_windows,
     read_text,
     sample_from_model,
-    split_held_out,
-    start_token,
     tokenize,
 )
 from .engine import Compression, Engine
@@ -36,10 +31,11 @@ from .evaluation import perplexity
 from .families import check_family, check_model
 from .journal import Journal, check_unfinished, open_journal
 from .layered import LayeredModel
+from .mixture import Cut, Mixture, Texts, interleave, leading_windows, read_mixture
 from .modeling import is_compressed
 from .parallel import Workers, local_device, processes, restarts, workers
 from .plan import Plan, Shape, check_plan, make_plan
-from .profile import probe_windows
+from .profile import probe_shape
 from .progress import Progress
 from .report import (
     CompressionReport,
@@ -65,16 +61,6 @@ class Request:
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The windows of a run; None where they can only be made once the model is loaded, or are not wanted."""
-
-    calibration: TokenWindows | None
-    evaluation: TokenWindows | None
-    probe: TokenWindows | None = None
-    """What sensitivities are measured on; None where that is some of the calibration windows."""
 
 
 def compress_to_directory(
@@ -104,16 +90,17 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     )
     source = ModelSource(config.model, config.trust_remote_code)
     source.check()
-    texts_read = [name for name in (config.calibration, config.evaluate) if Path(name).is_file()]
+    mixture = Mixture.parse(config.calibration)
+    evaluated = [config.evaluate] if Path(config.evaluate).is_file() else []
     finished = published(config.output) and not config.restart
     if not finished:
-        check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *texts_read])
-    check_source(config.calibration, option="--calibration", allow_self=True)
+        check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *mixture.files, *evaluated])
+    mixture.check(config.samples)
     if config.evaluate not in (HELD_OUT, NONE):
         check_source(config.evaluate, option="--evaluate")
-    if len(texts_read) == 2 and Path(config.evaluate).samefile(config.calibration):
+    if any(Path(name).samefile(source) for name in evaluated for source in mixture.files):
         raise InvalidRequest(
-            f"--evaluate {config.evaluate!r} is the calibration text; use 'held-out' to keep a part of it"
+            f"--evaluate {config.evaluate!r} is a calibration text; use 'held-out' to keep a part of it"
         )
     batches = math.ceil(config.samples / config.batch_size)
     count = processes(config.devices, config.device)
@@ -127,8 +114,6 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
         check_plan(plan, config, shape)
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model_config)
-    if config.calibration == SELF:
-        start_token(tokenizer)
     return Request(config, source, model_config, tokenizer, plan)
 
 
@@ -164,10 +149,10 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
         if journal is not None and journal.starts > 1:
             again = f"; done again because damaged: {', '.join(map(str, journal.broken))}" if journal.broken else ""
             progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
-        calibration, evaluation = _sampled(request, texts, journal, crew, progress)
-        batch_size = config.batch_size
+        texts = _sampled(request, texts, journal, crew, progress)
+        calibration, size = texts.calibration, config.batch_size
         engine = Engine(
-            dense, calibration, batch_size, probe=texts.probe, progress=progress, workers=crew, journal=journal
+            dense, calibration, size, probe=texts.probe_windows, progress=progress, workers=crew, journal=journal
         )
         with engine.active():
             result = engine.run(config)
@@ -175,11 +160,11 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
             dense.model,
             result,
             config,
-            TextFacts.of(config.calibration, calibration),
+            TextFacts.of(config.calibration, calibration, texts.parts),
             command=command or f"modegpt.compress_to_directory({config!r})",
             source=config.model,
-            evaluation=_evaluation_facts(config, evaluation),
-            perplexity=_perplexities(engine, result, evaluation, journal, crew, progress),
+            evaluation=_evaluation_facts(config, texts),
+            perplexities=_perplexities(engine, result, texts.evaluation, journal, crew, progress),
         )
         if journal is not None:
             _publish(request, journal, result, report, crew, progress)
@@ -233,92 +218,80 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
     options = {f"--{name.replace('_', '-')}": value for name, value in config.settings().items()}
     del options["--model"], options["--trust-remote-code"]  # what counts is the model that was found there
     options["--device"] = torch.device(config.device).type
-    tokens = {"calibration": texts.calibration, "evaluation": texts.evaluation, "probe": texts.probe}
     return {
         "the model's config": sha256(request.model_config.to_json_string().encode()).hexdigest(),
         "the model's weights": request.source.fingerprint(),
         **options,
-        **{f"the {name} tokens": None if windows is None else windows.sha256() for name, windows in tokens.items()},
+        **{f"the {name} tokens": number for name, number in texts.hashes().items()},
         **{f"the version of {name}": number for name, number in versions().items()},
     }
 
 
 def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """Calibration and evaluation windows. Held-out windows never overlap calibration windows."""
-    length, count = config.sequence_length, config.evaluation_samples
-    calibration_what, evaluation_what = f"--calibration {config.calibration}", f"--evaluate {config.evaluate}"
-    held_out: torch.Tensor | None = None
-    calibration: TokenWindows | None = None
-    probe: TokenWindows | None = None
-    if config.calibration != SELF:
-        ids = tokenize(tokenizer, read_text(config.calibration))
-        reserved = 0
-        if config.evaluate == HELD_OUT and config.calibration in HUB_DATASETS:
-            held_out = tokenize(tokenizer, read_text(config.calibration, evaluation=True))
-        elif config.evaluate == HELD_OUT:
-            ids, held_out = split_held_out(ids, length)
-            reserved = len(held_out)
-        calibration = random_windows(ids, config.samples, length, config.seed, what=calibration_what, reserved=reserved)
-        if config.allocation == "sensitivity":
-            probe = other_windows(ids, probe_windows(length), length, config.seed, but=config.samples)
+    """The windows of a run, as far as the model does not write them itself."""
+    mixture, length, count = Mixture.parse(config.calibration), config.sequence_length, config.evaluation_samples
+    cut = Cut(
+        samples=config.samples,
+        length=length,
+        seed=config.seed,
+        held_out=count if config.evaluate == HELD_OUT else 0,
+        probe=probe_shape(length, len(mixture.shares)) if config.allocation == "sensitivity" else None,
+    )
+    texts = read_mixture(mixture, tokenizer, cut)
     if config.evaluate not in (HELD_OUT, NONE):
-        held_out = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
-    if held_out is None:
-        return Texts(calibration, None, probe)
-    available = max(1, min(count, len(held_out) // length))
-    return Texts(calibration, first_windows(held_out, available, length, what=evaluation_what), probe)
+        ids = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
+        windows = leading_windows(ids, count, length, what=f"--evaluate {config.evaluate}")
+        texts = replace(texts, evaluation={config.evaluate: windows})
+    return texts
 
 
-def _sampled(
-    request: Request, texts: Texts, journal: Journal | None, crew: Workers, progress: Progress
-) -> tuple[TokenWindows, TokenWindows | None]:
-    """Calibration and evaluation windows; for ``self``, sampled from the model, where not yet done."""
-    if texts.calibration is not None:
-        return texts.calibration, texts.evaluation
-    config = request.config
-    extra = config.evaluation_samples if config.evaluate == HELD_OUT else 0
+def _sampled(request: Request, texts: Texts, journal: Journal | None, crew: Workers, progress: Progress) -> Texts:
+    """``texts`` with what the model is to write, which is sampled from it where not yet done."""
+    config, count = request.config, sum(texts.written.values())
+    if count == 0:
+        return texts
     windows = journal.windows() if journal else None
     if crew.first and windows is None:
         with progress.phase("sample"):
             model = request.source.model(config.dtype, config.device)
-            start = start_token(request.tokenizer)
-            windows = sample_from_model(model, start, config.samples + extra, config.sequence_length, config.seed)
+            windows = sample_from_model(model, request.tokenizer, count, config.sequence_length, config.seed)
             del model
         assert journal is not None
         journal.keep_windows(windows)
     ids = crew.tell(None if windows is None else windows.ids)
     assert ids is not None
-    calibration = TokenWindows(ids[: config.samples].contiguous())
-    # Those held out were sampled after the others.
-    return calibration, TokenWindows(ids[config.samples :].contiguous()) if extra else texts.evaluation
+    return texts.complete(TokenWindows(ids))
 
 
 def _perplexities(
     engine: Engine,
     result: Compression,
-    windows: TokenWindows | None,
+    texts: Mapping[str, TokenWindows],
     journal: Journal | None,
     crew: Workers,
     progress: Progress,
-) -> Pair | None:
-    """Perplexity of both models, one layer at a time."""
-    if windows is None:
-        return None
+) -> dict[str, Pair]:
+    """Perplexity of both models on each of ``texts``, one layer at a time."""
+    if not texts:
+        return {}
     models: dict[str, LayeredModel] = {"dense": engine.dense, "compressed": result.thin}
-    values = {}
-    with progress.phase("evaluate", sum(len(model.layers) for model in models.values())):
-        for name, model in models.items():
-            known = crew.tell(journal.perplexity(name) if journal else None)
-            values[name] = engine.perplexity(model, windows) if known is None else known
+    values: dict[str, dict[str, float]] = {text: {} for text in texts}
+    with progress.phase("evaluate", len(texts) * sum(len(model.layers) for model in models.values())):
+        for (text, windows), (name, model) in itertools.product(texts.items(), models.items()):
+            key = f"{name} on {text}"
+            known = crew.tell(journal.perplexity(key) if journal else None)
+            value = engine.perplexity(model, windows) if known is None else known
+            values[text][name] = value
             if journal is not None and known is None:
-                journal.keep_perplexity(name, values[name])
-    return Pair(**values)
+                journal.keep_perplexity(key, value)
+    return {text: Pair(**pair) for text, pair in values.items()}
 
 
-def _evaluation_facts(config: RunConfig, windows: TokenWindows | None) -> TextFacts | None:
-    if windows is None:
+def _evaluation_facts(config: RunConfig, texts: Texts) -> TextFacts | None:
+    if not texts.evaluation:
         return None
-    return TextFacts.of(f"{config.calibration}, held out" if config.evaluate == HELD_OUT else config.evaluate, windows)
+    source = f"{config.calibration}, held out" if config.evaluate == HELD_OUT else config.evaluate
+    return TextFacts.of(source, interleave(list(texts.evaluation.values()), texts.seed), texts.evaluation)
 
 
 def open_model(

@@ -36,7 +36,7 @@ from .costs import (
     solve_flops,
     statistics_bytes,
 )
-from .data import SELF, TokenWindows
+from .data import PIECE, SAMPLED_AT_ONCE, SELF, TokenWindows
 from .errors import InvalidRequest
 from .families import family_of, model_geometry
 from .files import existing_parent
@@ -44,6 +44,7 @@ from .journal import left_behind
 from .layered import LayeredModel, resident
 from .layout import HeadShape, expert_count
 from .methods import METHODS, Greedy
+from .mixture import Mixture
 from .parallel import Workers, processes, processes_here
 from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
 from .runner import HEAD_POSITIONS, LayerRunner
@@ -271,10 +272,15 @@ def _larger(one: list[Part], other: list[Part]) -> list[Part]:
 
 def _sampling(config: RunConfig, shape: Shape) -> list[Part]:
     """What is held while text is sampled from the model: all of it, beside what is read for the layer loop."""
-    if config.calibration != SELF:
+    if not Mixture.parse(config.calibration).written:
         return []
-    whole = shape.rest * shape.item + shape.layers
-    return [Part(name="whole model", bytes=whole), Part(name="embeddings and head", bytes=shape.rest * shape.item)]
+    whole, sizes = shape.rest * shape.item + shape.layers, shape.sizes
+    cached = SAMPLED_AT_ONCE * min(PIECE, config.sequence_length) * sizes.layers
+    return [
+        Part(name="whole model", bytes=whole),
+        Part(name="embeddings and head", bytes=shape.rest * shape.item),
+        Part(name="keys and values", bytes=2 * cached * sizes.groups * sizes.head * shape.item),
+    ]
 
 
 def _device(config: RunConfig, shape: Shape) -> list[Part]:
@@ -340,13 +346,27 @@ class Rates:
     gram: float
     solve: float
     head: float
+    sample: float
+
+
+def _evaluated_texts(config: RunConfig) -> int:
+    """How many texts perplexity is measured on: each source's held-out part, or one that is named."""
+    if config.evaluate != "held-out":
+        return 0 if config.evaluate == "none" else 1
+    return max(1, len(Mixture.parse(config.calibration).shares.keys() - {SELF}))
+
+
+def _sampled_tokens(config: RunConfig) -> int:
+    """Calibration tokens that the model is to write."""
+    mixture = Mixture.parse(config.calibration)
+    return mixture.counts(max(config.samples, len(mixture.shares))).get(SELF, 0) * config.sequence_length
 
 
 def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhasePlan]:
     sizes, kept = shape.sizes, 1 - _ratio(config)
     window = config.sequence_length
     tokens = _share(config, config.samples) * window
-    evaluated = 0 if config.evaluate == "none" else _share(config, config.evaluation_samples) * window
+    evaluated = _evaluated_texts(config) * _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
     parts = {module: sizes.experts if module == "mlp" else 1 for module in METHODS[config.method].modules}
@@ -359,6 +379,9 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
 
     gram = tokens * sizes.layers * gram_flops(sizes, METHODS[config.method].statistics, window)
     phases = []
+    if sampled := _sampled_tokens(config):
+        one = sizes.layers * forward_flops(sizes, min(PIECE, window)) + head_flops(sizes.hidden, shape.vocabulary)
+        phases.append(phase("sample", sample=sampled * one))
     if config.allocation == "sensitivity":
         # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
@@ -396,6 +419,9 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
         / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
         solve=sum(solve_flops(module, sizes, kept) for module in METHODS[config.method].modules) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
+        sample=SAMPLED_AT_ONCE
+        * (forward_flops(sizes, 1) + head_flops(sizes.hidden, _PROBE_VOCABULARY))
+        / seconds["sample"],
     )
 
 
@@ -429,6 +455,10 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
             with clock("head"):
                 list(runner.head(0, hidden))
             hidden.remove()
+    with torch.no_grad():
+        for _ in range(_PROBES):
+            with clock("sample"):
+                model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
     statistics = collector.result(Workers())
     of_mlp = statistics.of_expert(0) if experts else statistics
     if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (2 * sizes.experts):

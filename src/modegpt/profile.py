@@ -32,7 +32,13 @@ Place = tuple[int, Module]
 
 def probe_windows(length: int) -> int:
     """How many windows of ``length`` tokens sensitivities are measured on."""
-    return max(1, PROBE_TOKENS // min(PROBE_LENGTH, length))
+    return probe_shape(length)[0]
+
+
+def probe_shape(length: int, sources: int = 1) -> tuple[int, int]:
+    """How many windows, and how many of the first of their ``length`` tokens; some windows of each of ``sources``."""
+    piece = max(2, min(PROBE_LENGTH, length, PROBE_TOKENS // sources))
+    return max(sources, PROBE_TOKENS // piece), piece
 
 
 class Profiler:
