@@ -175,7 +175,7 @@ def largest_ratio(
     if low == 0:
         raise InvalidRequest(
             f"--max-perplexity-increase {math.expm1(limit):.3g}: removing a thousandth is predicted to cost "
-            f"{math.expm1(lost(1)):.3g} already; allow more"
+            f"{math.expm1(min(lost(1), 700.0)):.3g} already; allow more"
         )
     return low / 1000
 

@@ -134,7 +134,8 @@ class CompressionConfig(BaseModel):
         if len(given) != 1:
             options = ", ".join(map(_option, given)) or "none"
             raise ValueError(f"give one of {', '.join(map(_option, AIMS))}; given: {options}")
-        if self.max_perplexity_increase is not None and self.allocation != "sensitivity":
+        predicted = self.allocation == "sensitivity" or getattr(self, "profile_from", None) is not None
+        if self.max_perplexity_increase is not None and not predicted:
             raise ValueError(
                 f"--max-perplexity-increase needs predictions; use --allocation sensitivity, not {self.allocation}"
             )
@@ -192,6 +193,11 @@ class RunConfig(CompressionConfig):
         "the windows if not equal: text.jsonl:0.75,self:0.25. 'mix' is the mixture "
         f"{MIXTURES['mix'].replace(',', ', ')}.",
     )
+    profile_from: Path | None = Field(
+        None,
+        description="A profile that 'modegpt profile' made of MODEL: its statistics and predictions are used and no "
+        "calibration text is read. Nothing is evaluated unless --evaluate names a text.",
+    )
     evaluate: str = Field(
         "held-out",
         description="Text for perplexity before and after: 'held-out' (of each calibration text the data set's test "
@@ -236,3 +242,16 @@ class RunConfig(CompressionConfig):
     @classmethod
     def _usable_device(cls, value: str) -> str:
         return usable_device(value)
+
+
+class ProfileConfig(RunConfig):
+    """The making of a profile: everything but how much is removed, which is chosen later."""
+
+    output: Path = Field(description="Directory for the profile.")
+    allocation: Literal["sensitivity"] = "sensitivity"
+    statistics: Literal["dense"] = "dense"
+    evaluate: Literal["none"] = "none"
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> Self:
+        return self

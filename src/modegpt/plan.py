@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .activations import Activations
 from .aims import with_ratio
 from .budget import average_sparsity
-from .config import RunConfig
+from .config import ProfileConfig, RunConfig
 from .costs import (
     Sizes,
     elimination_bytes,
@@ -31,6 +31,7 @@ from .costs import (
     forward_flops,
     gram_flops,
     head_flops,
+    kept_bytes,
     resized,
     solve_bytes,
     solve_flops,
@@ -177,6 +178,11 @@ def make_plan(
     return config, plan, shape
 
 
+def _profiles(config: RunConfig) -> bool:
+    """Whether the run makes a profile."""
+    return config.allocation == "sensitivity" and config.profile_from is None
+
+
 def _ratio(config: RunConfig) -> float:
     """What is removed; where that is chosen on the way, little, which takes most memory and disk."""
     return _LITTLE if config.ratio is None else config.ratio
@@ -310,9 +316,13 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _disk(config: RunConfig, shape: Shape) -> list[Part]:
+    kept = shape.sizes.layers * kept_bytes(shape.sizes, METHODS[config.method].statistics)
+    statistics = [Part(name="statistics", bytes=kept)] if _profiles(config) else []
+    if isinstance(config, ProfileConfig):
+        return statistics
     weights = round((1 - _ratio(config)) * shape.layers) + shape.rest * shape.item
     # Finished layers stay until the checkpoint made of them is in its place.
-    return [Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
+    return [*statistics, Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
 
 
 def _states(config: RunConfig, shape: Shape) -> int:
@@ -324,7 +334,7 @@ def _states(config: RunConfig, shape: Shape) -> int:
 
 def _streams(config: RunConfig, shape: Shape) -> list[Part]:
     """The hidden states of the probe windows with each module alone compressed."""
-    if config.allocation != "sensitivity":
+    if not _profiles(config):
         return []
     length = min(PROBE_LENGTH, config.sequence_length)
     windows = _share(config, probe_windows(config.sequence_length))
@@ -377,20 +387,24 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items())
         return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
 
+    profiled = _profiles(config)
     gram = tokens * sizes.layers * gram_flops(sizes, METHODS[config.method].statistics, window)
     phases = []
     if sampled := _sampled_tokens(config):
         one = sizes.layers * forward_flops(sizes, min(PIECE, window)) + head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("sample", sample=sampled * one))
-    if config.allocation == "sensitivity":
+    if profiled:
         # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
         forward = tokens * dense + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
-    elif config.allocation != "uniform":
+    elif config.allocation.startswith("block"):
         phases.append(phase("scores", forward=tokens * dense))
-    phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
+    if isinstance(config, ProfileConfig):
+        return phases
+    if not (config.statistics == "dense" and (profiled or config.profile_from)):  # which has kept its statistics
+        phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     phases.append(phase("solve", solve=solve))
     if config.statistics == "sequential":
         # The last layer's outputs are nobody's inputs.
