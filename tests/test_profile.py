@@ -12,10 +12,20 @@ import torch
 
 import modegpt
 from helpers import run_cli, tiny_llama
-from modegpt.budget import MODULES, LayerGeometry, LayerRanks, Module, ModuleGeometry, ranks_from_losses, whole
+from modegpt.budget import (
+    MODULES,
+    LayerGeometry,
+    LayerRanks,
+    Module,
+    ModuleGeometry,
+    largest_ratio,
+    ranks_from_losses,
+    whole,
+)
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.engine import Engine, compress_model
+from modegpt.errors import InvalidRequest
 from modegpt.evaluation import Predictions
 from modegpt.families import model_geometry
 from modegpt.layered import resident
@@ -196,6 +206,23 @@ def test_the_cheapest_modules_go_first() -> None:
     found = ranks_from_losses(LAYERS, losses, 0.1, 1)
     assert found[0]["mlp"] == 6
     assert found[1]["mlp"] < 6
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
+def test_the_largest_ratio_within_a_limit_is_the_largest(share: float) -> None:
+    losses = random_losses(3, convex=True)
+
+    def lost(ratio: float) -> float:
+        ranks = ranks_from_losses(LAYERS, losses, ratio, 1)
+        return sum(
+            float(loss[rank[module]]) for rank, one in zip(ranks, losses, strict=True) for module, loss in one.items()
+        )
+
+    limit = share * lost(0.5)
+    ratio = largest_ratio(LAYERS, losses, limit, 1)
+    assert lost(ratio) <= limit < lost(ratio + 0.001)
+    with pytest.raises(InvalidRequest, match="--max-perplexity-increase 0: removing a thousandth is predicted"):
+        largest_ratio(LAYERS, [{name: 1e9 * (loss + 1) for name, loss in one.items()} for one in losses], 0.0, 1)
 
 
 # Runs

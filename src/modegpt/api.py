@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .aims import with_ratio
 from .config import CompressionConfig
 from .data import TokenWindows, check_length, other_windows, random_windows, sample_from_model, tokenize
 from .engine import compress_model
@@ -27,12 +28,15 @@ def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    ratio: float,
+    ratio: float | None = None,
     calibration: Calibration = DEFAULT,
     progress: Progress | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Remove ``ratio`` of the decoder blocks' parameters of a causal language model, in memory.
+
+    In place of ``ratio`` there can be ``target_parameters`` ("5.5B"), ``target_size`` ("4GiB") or, with the
+    ``sensitivity`` allocation, ``max_perplexity_increase`` ("10%").
 
     ``calibration`` is a data set's name (such as ``wikitext2``), the path of a text file, ``self`` for text sampled
     from the model, several of these with shares as on the command line (``wikitext2:0.75,self:0.25``), a list of
@@ -48,6 +52,7 @@ def compress(
     """
     config = CompressionConfig.validated(ratio=ratio, **options)
     check_model(model)
+    config = with_ratio(config, model, model.dtype.itemsize)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
     texts, source = _texts(model, tokenizer, calibration, config)
@@ -58,7 +63,8 @@ def compress(
     check_length(windows.ids.shape[1], model.config)
     config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
     result = compress_model(model, windows, config, progress, probe=texts.probe_windows)
-    settings = ", ".join(f"{name}={value!r}" for name, value in {"ratio": ratio, **options}.items())
+    given = {**({} if ratio is None else {"ratio": ratio}), **options}
+    settings = ", ".join(f"{name}={value!r}" for name, value in given.items())
     command = f"modegpt.compress(model, tokenizer, calibration={source!r}, {settings})"
     report = build_report(model, result, config, TextFacts.of(source, windows, texts.parts), command=command)
     vars(result.model)["compression_report"] = report

@@ -10,6 +10,7 @@ worker and many.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,16 @@ from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
 from .allocation import allocate
-from .budget import LayerGeometry, LayerRanks, Module, average_sparsity, ranks_from_losses, ranks_from_sparsity, whole
+from .budget import (
+    LayerGeometry,
+    LayerRanks,
+    Module,
+    average_sparsity,
+    largest_ratio,
+    ranks_from_losses,
+    ranks_from_sparsity,
+    whole,
+)
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
@@ -149,16 +159,21 @@ class Engine:
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
         geometry = self.geometry(METHODS[config.method].from_config(config))
-        average = average_sparsity(geometry, config.modules, config.ratio, config.align)
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
             losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
-            ranks = ranks_from_losses(geometry, losses, config.ratio, config.align)
+            ratio = config.ratio
+            if ratio is None:
+                assert config.max_perplexity_increase is not None
+                ratio = largest_ratio(geometry, losses, math.log1p(config.max_perplexity_increase), config.align)
+            ranks = ranks_from_losses(geometry, losses, ratio, config.align)
             removed = [
                 {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
                 for layer, rank in zip(geometry, ranks, strict=True)
             ]
-            return Choice(ranks, removed, divergence=profile.divergence(ranks))
+            return Choice(ranks, removed, divergence=profile.divergence(ranks), ratio=ratio)
+        assert config.ratio is not None
+        average = average_sparsity(geometry, config.modules, config.ratio, config.align)
         if config.allocation == "uniform":
             uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
             return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)

@@ -70,7 +70,8 @@ class Journal:
     def __init__(self, directory: Path, manifest: _Manifest) -> None:
         self.directory = directory
         self._manifest = manifest
-        self.kept = KeptOnDisk(directory / "profile")
+        self.profile = directory / "profile"
+        self.kept = KeptOnDisk(self.profile)
         self._broken = [index for index, record in manifest.layers.items() if not self._intact(index, record)]
         for index in self._broken:
             del manifest.layers[index]

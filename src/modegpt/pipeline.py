@@ -9,30 +9,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from .checkpoint import check_output, load, publish, published
-from .config import RunConfig
+from .checkpoint import check_output, publish, publish_profile, published
+from .config import ProfileConfig, RunConfig
 from .data import (
     TokenWindows,
     check_length,
     check_source,
-    first_windows,
     read_text,
     sample_from_model,
     tokenize,
 )
 from .engine import Compression, Engine
 from .errors import InvalidRequest
-from .evaluation import perplexity
 from .families import check_family, check_model
 from .journal import Journal, check_unfinished, open_journal
+from .kept import Kept, open_kept
 from .layered import LayeredModel
 from .mixture import Cut, Mixture, Texts, interleave, leading_windows, read_mixture
-from .modeling import is_compressed
+from .origin import Origin, model_identity, profile_hash
 from .parallel import Workers, local_device, processes, restarts, workers
 from .plan import Plan, Shape, check_plan, make_plan
 from .profile import probe_shape
@@ -47,7 +46,7 @@ from .report import (
     peak_memory,
     versions,
 )
-from .sources import Dtype, ModelSource, check_vocabulary, usable_device
+from .sources import ModelSource, check_vocabulary
 
 HELD_OUT, NONE = "held-out", "none"
 
@@ -61,6 +60,10 @@ class Request:
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
+    origin: Origin | None = None
+    """Of the profile that it goes by, where there is one."""
+    kept: Kept | None = None
+    """The profile itself."""
 
 
 def compress_to_directory(
@@ -78,8 +81,8 @@ def compress_to_directory(
     request = check_request(config, timed=show is not None)
     if show is not None:
         show(request.plan)
-    with workers(request.config.device) as crew:
-        return _compress(request, (progress or Progress()) if crew.first else Progress(), crew, command)
+    with workers(request.config.device) as crew, _opened(request, progress, crew) as run:
+        return _compress(run, command)
 
 
 def check_request(config: RunConfig, *, timed: bool) -> Request:
@@ -90,11 +93,17 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     )
     source = ModelSource(config.model, config.trust_remote_code)
     source.check()
-    mixture = Mixture.parse(config.calibration)
+    origin, kept = None, None
+    if config.profile_from is not None:
+        origin, kept = Origin.read(config.profile_from), open_kept(config.profile_from)
+        config = origin.applied(config)
+    mixture = Mixture.parse("self" if origin else config.calibration)
     evaluated = [config.evaluate] if Path(config.evaluate).is_file() else []
     finished = published(config.output) and not config.restart
     if not finished:
-        check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *mixture.files, *evaluated])
+        inputs = [config.model, *mixture.files, *evaluated, *([str(config.profile_from)] if origin else [])]
+        profile = isinstance(config, ProfileConfig)
+        check_output(config.output, overwrite=config.overwrite, inputs=inputs, profile=profile)
     mixture.check(config.samples)
     if config.evaluate not in (HELD_OUT, NONE):
         check_source(config.evaluate, option="--evaluate")
@@ -109,12 +118,14 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
             f"--devices {count}: there are {batches} batches to share; use fewer processes, more "
             "--samples or a smaller --batch-size"
         )
-    model_config, plan, shape = plan_request(config, timed=timed)
+    config, model_config, plan, shape = plan_request(config, timed=timed)
+    if origin is not None:
+        origin.check(model_identity(model_config, source.fingerprint()))
     if not finished:
         check_plan(plan, config, shape)
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model_config)
-    return Request(config, source, model_config, tokenizer, plan)
+    return Request(config, source, model_config, tokenizer, plan, origin, kept)
 
 
 def check_start(config: RunConfig) -> None:
@@ -123,16 +134,33 @@ def check_start(config: RunConfig) -> None:
     check_unfinished(config.output, _fingerprint(request, read_texts(config, request.tokenizer)), config.restart)
 
 
-def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedConfig, Plan, Shape]:
-    """The model's config, what ``config`` will take, and the shape that this follows from."""
+def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[RunConfig, PreTrainedConfig, Plan, Shape]:
+    """``config`` with its ratio, the model's config, what it will take, and the shape that this follows from."""
+    if config.profile_from is not None:
+        config = Origin.read(config.profile_from).applied(config)
     source = ModelSource(config.model, config.trust_remote_code)
     model_config = source.config()
     check_family(model_config)
     check_length(config.sequence_length, model_config)
-    return model_config, *make_plan(config, source, model_config, timed=timed)
+    config, plan, shape = make_plan(config, source, model_config, timed=timed)
+    return config, model_config, plan, shape
 
 
-def _compress(request: Request, progress: Progress, crew: Workers, command: str | None) -> CompressionReport:
+@dataclass(frozen=True)
+class _Run:
+    """A request under way."""
+
+    request: Request
+    texts: Texts
+    engine: Engine
+    journal: Journal | None
+    """The first worker's."""
+
+
+@contextmanager
+def _opened(request: Request, progress: Progress | None, crew: Workers) -> Iterator[_Run]:
+    """Read the texts and open the model and the journal."""
+    progress = (progress if crew.first else None) or Progress()
     config, source = request.config, request.source
     with progress.phase("text"):
         texts = read_texts(config, request.tokenizer)
@@ -140,34 +168,76 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
         dense = source.streamed(request.model_config, config.dtype, config.device)
     check_model(dense.model, loaded=False)
     with _journal(request, texts, crew) as journal:
-        if crew.tell(journal is not None and published(config.output)):
-            report = CompressionReport.read(config.output)
-            if journal is not None:
-                journal.remove()
-            return report
         if journal is not None and journal.starts > 1:
             again = f"; done again because damaged: {', '.join(map(str, journal.broken))}" if journal.broken else ""
             progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
         texts = _sampled(request, texts, journal, crew, progress)
-        calibration, size = texts.calibration, config.batch_size
         engine = Engine(
-            dense, calibration, size, probe=texts.probe_windows, progress=progress, workers=crew, journal=journal
+            dense,
+            texts.calibration if texts.parts else None,
+            config.batch_size,
+            probe=texts.probe_windows,
+            progress=progress,
+            workers=crew,
+            journal=journal,
+            kept=request.kept,
         )
         with engine.active():
-            result = engine.run(config)
-        report = build_report(
-            dense.model,
-            result,
-            config,
-            TextFacts.of(config.calibration, calibration, texts.parts),
-            command=command or f"modegpt.compress_to_directory({config!r})",
-            source=config.model,
-            evaluation=_evaluation_facts(config, texts),
-            perplexities=_perplexities(engine, result, texts.evaluation, journal, crew, progress),
-        )
+            yield _Run(request, texts, engine, journal)
+
+
+def _compress(run: _Run, command: str | None) -> CompressionReport:
+    config, engine, journal, texts = run.request.config, run.engine, run.journal, run.texts
+    if engine.workers.tell(journal is not None and published(config.output)):
+        report = CompressionReport.read(config.output)
         if journal is not None:
-            _publish(request, journal, result, report, crew, progress)
+            journal.remove()
         return report
+    result, origin = engine.run(config), run.request.origin
+    report = build_report(
+        engine.dense.model,
+        result,
+        config,
+        origin.calibration if origin else TextFacts.of(config.calibration, texts.calibration, texts.parts),
+        command=command or f"modegpt.compress_to_directory({config!r})",
+        source=config.model,
+        evaluation=_evaluation_facts(config, texts),
+        perplexities=_perplexities(engine, result, texts.evaluation, journal),
+    )
+    if journal is not None:
+        _publish(run.request, journal, result, report, engine)
+    return report
+
+
+def profile_to_directory(
+    config: ProfileConfig,
+    progress: Progress | None = None,
+    *,
+    command: str | None = None,
+    show: Callable[[Plan], object] | None = None,
+) -> Origin:
+    """Make the profile that ``config`` describes, for ``profile_from`` of later compressions.
+
+    Refusals, ``command`` and ``show`` as for :func:`compress_to_directory`.
+    """
+    request = check_request(config, timed=show is not None)
+    if show is not None:
+        show(request.plan)
+    with workers(request.config.device) as crew, _opened(request, progress, crew) as run:
+        run.engine.profile(request.config)
+        origin = Origin(
+            command=command or f"modegpt.profile_to_directory({config!r})",
+            versions=versions(),
+            source=config.model,
+            model=model_identity(request.model_config, request.source.fingerprint()),
+            dtype=str(run.engine.dense.model.dtype).removeprefix("torch."),
+            options=request.config.settings(),
+            calibration=TextFacts.of(config.calibration, run.texts.calibration, run.texts.parts),
+            probe=None if run.texts.probe_windows is None else TextFacts.of("probe", run.texts.probe_windows),
+        )
+        if run.journal is not None:
+            publish_profile(run.journal, config.output, origin, request.model_config, overwrite=config.overwrite)
+    return origin
 
 
 def _publish(
@@ -175,15 +245,14 @@ def _publish(
     journal: Journal,
     result: Compression,
     report: CompressionReport,
-    crew: Workers,
-    progress: Progress,
+    engine: Engine,
 ) -> None:
     """Put the checkpoint in its place, with what the run took beside it."""
     facts = RunFacts(
-        seconds=progress.seconds,
+        seconds=engine.progress.seconds,
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=peak_device_memory(result.thin.device),
-        processes=crew.size,
+        processes=engine.workers.size,
         starts=journal.starts,
         planned=request.plan.model_dump(mode="json"),
     )
@@ -221,6 +290,7 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
         "the model's config": sha256(request.model_config.to_json_string().encode()).hexdigest(),
         "the model's weights": request.source.fingerprint(),
         **options,
+        "--profile-from": None if config.profile_from is None else profile_hash(config.profile_from),
         **{f"the {name} tokens": number for name, number in texts.hashes().items()},
         **{f"the version of {name}": number for name, number in versions().items()},
     }
@@ -229,6 +299,7 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
 def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """The windows of a run, as far as the model does not write them itself."""
     mixture, length, count = Mixture.parse(config.calibration), config.sequence_length, config.evaluation_samples
+    texts = Texts(config.seed)
     cut = Cut(
         samples=config.samples,
         length=length,
@@ -236,7 +307,8 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
         held_out=count if config.evaluate == HELD_OUT else 0,
         probe=probe_shape(length, len(mixture.shares)) if config.allocation == "sensitivity" else None,
     )
-    texts = read_mixture(mixture, tokenizer, cut)
+    if config.profile_from is None:
+        texts = read_mixture(mixture, tokenizer, cut)
     if config.evaluate not in (HELD_OUT, NONE):
         ids = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
         windows = leading_windows(ids, count, length, what=f"--evaluate {config.evaluate}")
@@ -267,18 +339,16 @@ def _perplexities(
     result: Compression,
     texts: Mapping[str, TokenWindows],
     journal: Journal | None,
-    crew: Workers,
-    progress: Progress,
 ) -> dict[str, Pair]:
     """Perplexity of both models on each of ``texts``, one layer at a time."""
     if not texts:
         return {}
     models: dict[str, LayeredModel] = {"dense": engine.dense, "compressed": result.thin}
     values: dict[str, dict[str, float]] = {text: {} for text in texts}
-    with progress.phase("evaluate", len(texts) * sum(len(model.layers) for model in models.values())):
+    with engine.progress.phase("evaluate", len(texts) * sum(len(model.layers) for model in models.values())):
         for (text, windows), (name, model) in itertools.product(texts.items(), models.items()):
             key = f"{name} on {text}"
-            known = crew.tell(journal.perplexity(key) if journal else None)
+            known = engine.workers.tell(journal.perplexity(key) if journal else None)
             value = engine.perplexity(model, windows) if known is None else known
             values[text][name] = value
             if journal is not None and known is None:
@@ -291,50 +361,3 @@ def _evaluation_facts(config: RunConfig, texts: Texts) -> TextFacts | None:
         return None
     source = f"{config.calibration}, held out" if config.evaluate == HELD_OUT else config.evaluate
     return TextFacts.of(source, interleave(list(texts.evaluation.values()), texts.seed), texts.evaluation)
-
-
-def open_model(
-    address: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, Callable[[], PreTrainedModel]]:
-    """A dense or compressed model's tokenizer, its config, and how to load it for inference, once all is checked."""
-    source = ModelSource(address, trust_remote_code)
-    source.check()
-    device = usable_device(device)
-    if dtype not in get_args(Dtype):
-        raise InvalidRequest(f"--dtype {dtype!r}: use one of {', '.join(get_args(Dtype))}")
-    config, tokenizer = source.config(), source.tokenizer()
-    check_vocabulary(tokenizer, config)
-    if is_compressed(config.model_type):
-        return tokenizer, config, lambda: load(address, dtype=dtype, device=device)
-    return tokenizer, config, lambda: source.model(cast(Dtype, dtype), device)
-
-
-def evaluate_perplexity(
-    address: str,
-    text: str,
-    *,
-    samples: int | None = None,
-    sequence_length: int = 2048,
-    batch_size: int = 1,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> tuple[float, TokenWindows]:
-    """Perplexity of the model at ``address`` on the first ``samples`` windows of ``text`` (all where None)."""
-    progress = progress or Progress()
-    check_source(text, option="--perplexity")
-    least = {"samples": (samples, 1), "sequence-length": (sequence_length, 2), "batch-size": (batch_size, 1)}
-    for name, (value, smallest) in least.items():
-        if value is not None and value < smallest:
-            raise InvalidRequest(f"--{name} {value}: must be at least {smallest}")
-    tokenizer, config, open_it = open_model(address, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    check_length(sequence_length, config)
-    with progress.phase("text"):
-        ids = tokenize(tokenizer, read_text(text, evaluation=True))
-    count = max(1, len(ids) // sequence_length) if samples is None else samples
-    windows = first_windows(ids, count, sequence_length, what=f"--perplexity {text}")
-    with progress.phase("load"):
-        model = open_it()
-    with progress.phase("evaluate", math.ceil(len(windows) / batch_size)):
-        return perplexity(model, windows, batch_size, progress), windows

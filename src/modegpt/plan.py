@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
+from .aims import with_ratio
 from .budget import average_sparsity
-from .config import RunConfig
+from .config import ProfileConfig, RunConfig
 from .costs import (
     Sizes,
     elimination_bytes,
@@ -30,6 +31,7 @@ from .costs import (
     forward_flops,
     gram_flops,
     head_flops,
+    kept_bytes,
     resized,
     solve_bytes,
     solve_flops,
@@ -55,6 +57,7 @@ from .weights import read_mlp, read_query_key, read_value_output
 OVERHEAD_BYTES = 100_000_000
 #: Allowance for a GPU's context and the libraries' workspaces on it.
 DEVICE_OVERHEAD_BYTES = 700_000_000
+_LITTLE = 0.01
 _PROBE_WIDTH, _PROBE_TOKENS, _PROBE_VOCABULARY, _PROBES = 1024, 2048, 2048, 2
 
 
@@ -153,10 +156,11 @@ def shape_of(model: PreTrainedModel, item: int) -> Shape:
 
 def make_plan(
     config: RunConfig, source: ModelSource, model_config: PreTrainedConfig, *, timed: bool
-) -> tuple[Plan, Shape]:
+) -> tuple[RunConfig, Plan, Shape]:
     """The plan of ``config`` and the model's shape; ``timed`` plans include times, measured in some seconds.
 
-    Raises :class:`InvalidRequest` for a config that describes no model, and for a ratio out of reach.
+    The first is ``config`` with the ratio that its target comes to. Raises :class:`InvalidRequest` for a config that
+    describes no model, and for a ratio out of reach.
     """
     try:
         model = empty_model(model_config, config.trust_remote_code)
@@ -165,12 +169,23 @@ def make_plan(
     except Exception as error:  # a config can be valid by itself and still describe no model
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
+    config = with_ratio(config, model, dtype.itemsize)
     geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    average_sparsity(geometry, config.modules, config.ratio, config.align)
+    average_sparsity(geometry, config.modules, _ratio(config), config.align)
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
-    return plan, shape
+    return config, plan, shape
+
+
+def _profiles(config: RunConfig) -> bool:
+    """Whether the run makes a profile."""
+    return config.allocation == "sensitivity" and config.profile_from is None
+
+
+def _ratio(config: RunConfig) -> float:
+    """What is removed; where that is chosen on the way, little, which takes most memory and disk."""
+    return _LITTLE if config.ratio is None else config.ratio
 
 
 def predict(config: RunConfig, shape: Shape, *, on_gpu: bool | None = None) -> Plan:
@@ -285,7 +300,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
-    kept = 1 - config.ratio if config.allocation == "uniform" else 1 - config.ratio / 2
+    kept = 1 - _ratio(config) if config.allocation == "uniform" else 1 - _ratio(config) / 2
     solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     if config.method == Greedy.name:
         solve = max(solve, statistics + elimination_bytes(shape.sizes))
@@ -301,9 +316,13 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _disk(config: RunConfig, shape: Shape) -> list[Part]:
-    weights = round(shape.layers - config.ratio * shape.layers) + shape.rest * shape.item
+    kept = shape.sizes.layers * kept_bytes(shape.sizes, METHODS[config.method].statistics)
+    statistics = [Part(name="statistics", bytes=kept)] if _profiles(config) else []
+    if isinstance(config, ProfileConfig):
+        return statistics
+    weights = round((1 - _ratio(config)) * shape.layers) + shape.rest * shape.item
     # Finished layers stay until the checkpoint made of them is in its place.
-    return [Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
+    return [*statistics, Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
 
 
 def _states(config: RunConfig, shape: Shape) -> int:
@@ -315,7 +334,7 @@ def _states(config: RunConfig, shape: Shape) -> int:
 
 def _streams(config: RunConfig, shape: Shape) -> list[Part]:
     """The hidden states of the probe windows with each module alone compressed."""
-    if config.allocation != "sensitivity":
+    if not _profiles(config):
         return []
     length = min(PROBE_LENGTH, config.sequence_length)
     windows = _share(config, probe_windows(config.sequence_length))
@@ -354,7 +373,7 @@ def _sampled_tokens(config: RunConfig) -> int:
 
 
 def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhasePlan]:
-    sizes, kept = shape.sizes, 1 - config.ratio
+    sizes, kept = shape.sizes, 1 - _ratio(config)
     window = config.sequence_length
     tokens = _share(config, config.samples) * window
     evaluated = _evaluated_texts(config) * _share(config, config.evaluation_samples) * window
@@ -368,20 +387,24 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items())
         return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
 
+    profiled = _profiles(config)
     gram = tokens * sizes.layers * gram_flops(sizes, METHODS[config.method].statistics, window)
     phases = []
     if sampled := _sampled_tokens(config):
         one = sizes.layers * forward_flops(sizes, min(PIECE, window)) + head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("sample", sample=sampled * one))
-    if config.allocation == "sensitivity":
+    if profiled:
         # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
         forward = tokens * dense + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
-    elif config.allocation != "uniform":
+    elif config.allocation.startswith("block"):
         phases.append(phase("scores", forward=tokens * dense))
-    phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
+    if isinstance(config, ProfileConfig):
+        return phases
+    if not (config.statistics == "dense" and (profiled or config.profile_from)):  # which has kept its statistics
+        phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     phases.append(phase("solve", solve=solve))
     if config.statistics == "sequential":
         # The last layer's outputs are nobody's inputs.
@@ -396,7 +419,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
     real = Sizes.of(model)
     on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
     sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
-    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - config.ratio
+    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - _ratio(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
@@ -429,7 +452,7 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
         seconds[name] = min(time.perf_counter() - started, seconds.get(name, math.inf))  # the first time warms up
 
     def rank(full: int) -> int:
-        return max(1, round((1 - config.ratio) * full))
+        return max(1, round((1 - _ratio(config)) * full))
 
     method, family = METHODS[config.method].from_config(config), model.family.description
     layer, hidden = model.layers[0], Activations(1)

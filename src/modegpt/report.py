@@ -183,7 +183,7 @@ def build_report(
         evaluation=evaluation,
         perplexity=_perplexity(evaluation, perplexities or {}),
         perplexities=dict(perplexities) if perplexities and len(perplexities) > 1 else None,
-        requested_ratio=config.ratio,
+        requested_ratio=config.ratio or result.choice.ratio or 0.0,
         block_parameters=Pair(dense=blocks[0], compressed=blocks[1]),
         parameters=Pair(dense=everything[0], compressed=everything[1]),
         bytes=Pair(dense=stored[0], compressed=stored[1]),

@@ -50,6 +50,8 @@ class Choice:
     temperature: float | None = None
     divergence: list[dict[Module, float]] | None = None
     """What every module is predicted to cost in nats per token, where the allocation knew."""
+    ratio: float | None = None
+    """The share of the decoder blocks' parameters that was to be removed, where it was not given but chosen."""
 
 
 @dataclass(frozen=True)
