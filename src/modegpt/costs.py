@@ -121,8 +121,11 @@ def forward_flops(sizes: Sizes, window: int, kept: float = 1.0) -> float:
 def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> float:
     """Operations to add one token of a ``window`` to a layer's statistics (see :class:`modegpt.statistics.GramSum`)."""
     h = sizes.head
-    flops = 2.0 * sizes.normed + sizes.routed * _panel_flops(sizes.intermediate)
-    if sizes.experts > 1:  # what goes into the experts' output maps is computed once more
+    flops = 2.0 * sizes.normed if wanted else 0.0
+    if "mlp" in wanted:
+        flops += sizes.routed * _panel_flops(sizes.intermediate)
+    if sizes.experts > 1 and any(name.startswith("mlp") for name in wanted):
+        # What goes into the experts' output maps is computed once more.
         flops += 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
     if "query" in wanted:
         flops += 2.0 * (sizes.heads + sizes.groups) * h**2
@@ -154,8 +157,12 @@ def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
         "key": sizes.groups * sizes.head**2,
         "head_outputs": (sizes.heads * sizes.head) ** 2,
         "logits": sizes.heads * sizes.head**2,
+        "mlp_moments": 2 * sizes.experts * sizes.intermediate,
+        "mlp_input_moments": 2 * sizes.experts * sizes.hidden,
+        "attention_input_moments": 2 * sizes.hidden,
+        "head_outputs_moments": 2 * sizes.heads * sizes.head,
     }
-    return 8 * (sum(elements[name] for name in wanted) + sizes.normed)
+    return 8 * (sum(elements[name] for name in wanted) + (sizes.normed if wanted else 0))
 
 
 def kept_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:

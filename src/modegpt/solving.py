@@ -171,6 +171,8 @@ def _parts(layer: nn.Module, family: Family, modules: Sequence[Module]) -> list[
 
 def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -> LayerStatistics:
     """The statistics of one expert, made up for where it saw fewer tokens than it has channels."""
+    if "mlp" not in statistics.sums:
+        return statistics
     assert statistics.expert_tokens is not None
     own = statistics.of_expert(expert)
     gram = own["mlp"]

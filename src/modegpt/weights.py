@@ -52,10 +52,15 @@ class NormWeights:
     joint: bool
     """Whether the sum goes over all heads."""
 
-    def select(self, channels: torch.Tensor, squares: torch.Tensor) -> NormWeights:
-        """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`."""
+    def select(self, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights:
+        """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`.
+
+        Without statistics those that stay stand for equally many of all.
+        """
         chosen = _select(self.energy, channels)
-        if self.joint:  # one head of all channels
+        if squares is None:
+            energy = torch.full_like(chosen, self.energy.shape[-1] / channels.shape[-1])
+        elif self.joint:  # one head of all channels
             every = torch.arange(self.weight.numel(), device=channels.device).view_as(self.weight)
             energy = norm_energy(squares, _select(every, channels).flatten())
         else:
@@ -140,10 +145,7 @@ def _select(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
 
 
 def _select_norm(norm: NormWeights | None, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights | None:
-    if norm is None:
-        return None
-    assert squares is not None
-    return norm.select(channels, squares)
+    return None if norm is None else norm.select(channels, squares)
 
 
 def _positions(x: torch.Tensor) -> torch.Tensor:
