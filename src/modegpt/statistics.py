@@ -111,8 +111,8 @@ class MomentSum:
 #: logits           F, the covariance of the features of every head's logits: (G, g, h, h), see decompositions.logits
 #:
 #: Of some activations only the sums of x and of x^2 can be had, which cost next to nothing: (2, n), see
-#: :class:`MomentSum`. ``mlp_input`` is what goes into the MLP's first maps. Of experts they are (E, 2, n), each over the
-#: tokens that are routed to it.
+#: :class:`MomentSum`. ``mlp_input`` is what goes into the MLP's first maps. Of experts they are (E, 2, n), each over
+#: the tokens that are routed to it.
 Statistic = Literal[
     "mlp",
     "attention_input",
@@ -244,9 +244,7 @@ class StatisticsCollector:
             for name, shape in shapes.items()
             if name in self._wanted
         }
-        self._expert_sums = {
-            name: [_sum_of(name)(part) for part in whole] for name, whole in self._of_experts.items()
-        }
+        self._expert_sums = {name: [_sum_of(name)(part) for part in whole] for name, whole in self._of_experts.items()}
         self._routed = torch.zeros(count, dtype=torch.int64, device=device)
 
     @contextmanager

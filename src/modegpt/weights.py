@@ -137,6 +137,11 @@ class ValueOutputWeights:
     output_bias: torch.Tensor | None
     """b_o + b_v W_o: (d,)."""
 
+    def select(self, channels: torch.Tensor) -> ValueOutputWeights:
+        """Keep the value ``channels`` (G, k) of every group."""
+        output = _select(self.output.mT, channels).mT
+        return replace(self, value=_select(self.value, channels), output=output)
+
 
 def _select(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     """The ``channels`` (G, k) of the last axis of x (G, ..., h)."""

@@ -2,8 +2,9 @@
 
 from .base import Allocation, Calibrated, Ladder, Method, Solution
 from .greedy import Greedy
+from .magnitude import Magnitude
 from .modegpt import ModeGPT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT, Magnitude)}
 
-__all__ = ["METHODS", "Allocation", "Calibrated", "Greedy", "Ladder", "Method", "ModeGPT", "Solution"]
+__all__ = ["METHODS", "Allocation", "Calibrated", "Greedy", "Ladder", "Magnitude", "Method", "ModeGPT", "Solution"]
