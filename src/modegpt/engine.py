@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
-from .allocation import allocate
+from .allocation import allocate, bounded_allocation
 from .budget import (
     LayerGeometry,
     LayerRanks,
@@ -47,13 +47,11 @@ from .parallel import Workers
 from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult, Profile
-from .runner import Capture, LayerRunner
+from .runner import LayerRunner
+from .scores import block_influence, outlier_shares
 from .solving import LayerSolver, Tensors
 from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
 from .weights import copy_rest
-
-#: Keeps the cosine of a zero vector finite, namely zero.
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,10 @@ class Engine:
 
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
-        geometry = self.geometry(METHODS[config.method].from_config(config))
+        method = METHODS[config.method].from_config(config)
+        if config.allocation == "own":
+            return method.choose(self, config)
+        geometry = self.geometry(method)
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
             losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
@@ -177,6 +178,14 @@ class Engine:
         if config.allocation == "uniform":
             uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
             return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)
+
+        if config.allocation == "owl":
+            outliers = self.once("outliers", lambda: outlier_shares(self, config.owl_threshold))
+            weights = [sum(layer.modules[module].parameters for module in config.modules) for layer in geometry]
+            shares = bounded_allocation(outliers, weights, average, config.owl_reach)
+            by_layer = [dict.fromkeys(config.modules, share) for share in shares]
+            ranks = ranks_from_sparsity(geometry, by_layer, config.align)
+            return Choice(ranks, by_layer, [[share] for share in outliers])
 
         influence = influence or self.block_influence()
         # Which of a layer's three scores speaks for which modules.
@@ -211,50 +220,18 @@ class Engine:
         return profile
 
     def block_influence(self) -> list[tuple[float, float, float]]:
-        """1 - E[cos(input, output)] of every dense layer: of the whole, of its attention and of its MLP.
+        """How much every layer changes its input, see :func:`modegpt.scores.block_influence`."""
+        rows = self.once("block-influence", lambda: block_influence(self))
+        return [(whole, attention, mlp) for whole, attention, mlp in rows]
 
-        ShortGPT's block influence over all real calibration tokens (paper, section 3.3 and B.11).
-        """
-        known = self.workers.tell(self._journal.influence if self._journal else None)
-        if known is not None:
-            return known
-        scores = []
-        hidden = self.activations("scores", self.batches)
-        with self.progress.phase("scores", len(self.dense.layers)), self.runner.active():
-            for index in range(len(self.dense.layers)):
-                self.progress.detail("block influence")
-                with self.dense.live(index) as layer:
-                    self.dense.prefetch(index + 1)
-                    scores.append(self._influence(index, layer, hidden))
-                self.progress.advance()
-        hidden.remove()
-        if self._journal:
-            self._journal.keep_influence(scores)
-        return scores
-
-    def _influence(self, index: int, layer: nn.Module, hidden: Activations) -> tuple[float, float, float]:
-        description = self.family.description
-        path = description.middle(self.dense.model.config)
-        middle = Capture(layer.get_submodule(path or description.attention), outputs=path is None)
-        totals = torch.zeros(4, dtype=torch.float64, device=self.dense.device)
-
-        def score(batch: TokenWindows, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-            # Where attention and MLP are parallel, attention counts as the first to add to the stream.
-            between = middle.value.view_as(entering) if path else entering + middle.value
-            start, between, end = (_real(x, batch) for x in (entering, between, leaving))
-            sizes = [x.norm(dim=-1) for x in (start, between, end)]
-            pairs = ((start, end, 0, 2), (start, between, 0, 1), (between, end, 1, 2))
-            for slot, (one, other, i, j) in enumerate(pairs):
-                similarity = torch.linalg.vecdot(one, other) / (sizes[i] * sizes[j]).clamp_min(_TINY)
-                totals[slot] += (1 - similarity.double()).sum()
-            totals[3] += len(start)
-
-        with middle.attached():
-            self.runner.run_layer(index, hidden, after=score)
-        hidden.complete(index + 1)
-        self.workers.sum(totals)
-        whole, attention, mlp = (totals[:3] / totals[3]).tolist()
-        return whole, attention, mlp
+    def once(self, name: str, compute: Callable[[], list[Any]]) -> list[Any]:
+        """The scores of that name, computed unless the journal has them; they must be what JSON can hold."""
+        known = self.workers.tell(self._journal.scores(name) if self._journal else None)
+        if known is None:
+            known = compute()
+            if self._journal:
+                self._journal.keep_scores(name, known)
+        return known
 
     def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
         """The layer loop: gather, solve, keep, pass on.
@@ -439,9 +416,3 @@ class Engine:
         total = torch.tensor(int(true))
         self.workers.sum(total)
         return int(total) == self.workers.size
-
-
-def _real(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:
-    """The rows (N, d) of real tokens in (B, T, d), in float32."""
-    rows = hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask.to(hidden.device)]
-    return rows.float()

@@ -12,6 +12,7 @@ from .linalg import top_indices
 from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate
 from .norm import norm_energy
 from .nystrom import NystromDecomposition, nystrom_decomposition, ridge_leverage_scores
+from .outliers import outlier_share
 from .selection import selection_losses
 from .svd import SVDDecomposition, balance, svd_decomposition
 from .values import ValueLadder, energy_bases, group_bases, value_ladder
@@ -34,6 +35,7 @@ __all__ = [
     "logit_ladder",
     "norm_energy",
     "nystrom_decomposition",
+    "outlier_share",
     "refit",
     "regularised",
     "ridge_leverage_scores",

@@ -19,11 +19,21 @@ from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
+    from ..engine import Engine
+    from ..results import Choice
 
 Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights)
 
 #: How the layers share the loss, and on which activations a layer is calibrated.
-Allocation = Literal["uniform", "block-influence", "block-influence-split", "sensitivity"]
+Allocation = Literal["uniform", "block-influence", "block-influence-split", "owl", "sensitivity", "own"]
+#: Those that go by the layers alone, whatever the method.
+SHARED_ALLOCATIONS: tuple[Allocation, ...] = (
+    "uniform",
+    "block-influence",
+    "block-influence-split",
+    "owl",
+    "sensitivity",
+)
 Calibrated = Literal["sequential", "dense"]
 
 #: Ranks at which the error is computed, evenly spread, where a method does not know all of them.
@@ -87,6 +97,8 @@ class Method(ABC):
     allocation: ClassVar[Allocation] = "uniform"
     calibrated: ClassVar[Calibrated] = "dense"
     """What it is used with where nothing else is asked for."""
+    allocations: ClassVar[tuple[Allocation, ...]] = SHARED_ALLOCATIONS
+    """What it can be used with."""
     statistics: ClassVar[frozenset[Statistic]]
     """What the solvers read."""
 
@@ -98,6 +110,10 @@ class Method(ABC):
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """The parameters of a stock decoder ``layer`` (which may be on the meta device) by the method's modules."""
         return layer_geometry(layer, config, family)
+
+    def choose(self, engine: Engine, config: CompressionConfig) -> Choice:
+        """How much every layer keeps by the method's ``own`` allocation; within :meth:`Engine.active`."""
+        raise NotImplementedError
 
     @abstractmethod
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
