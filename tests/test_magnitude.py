@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from family_table import BY_NAME
-from helpers import randn, squared
+from helpers import randn, squared, token_windows
 from modegpt.config import CompressionConfig
 from modegpt.decompositions import selection_losses
 from modegpt.engine import Engine, compress_model
@@ -14,7 +14,6 @@ from modegpt.layered import resident
 from modegpt.methods import Magnitude
 from modegpt.statistics import LayerStatistics
 from modegpt.weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from structured import windows
 
 NOTHING = LayerStatistics({})
 
@@ -79,7 +78,7 @@ def test_value_channels_of_smallest_weights_go_in_every_group_by_themselves() ->
 def test_nothing_is_gathered_and_calibration_does_not_matter(name: str) -> None:
     model = BY_NAME[name].build()
     config = CompressionConfig.validated(ratio=0.3, method="magnitude")
-    engine = Engine(resident(model), windows(), 4)
+    engine = Engine(resident(model), token_windows(), 4)
     with engine.active(), torch.no_grad():
         hidden = engine.activations("test", engine.batches)
         with engine.runner.active():
@@ -87,5 +86,5 @@ def test_nothing_is_gathered_and_calibration_does_not_matter(name: str) -> None:
     assert gathered.sums == {}
     assert gathered.expert_tokens is None
     assert hidden.get(0) is not None  # the layer ran all the same
-    one, other = (compress_model(model, windows(seed=seed), config).model.state_dict() for seed in (1, 2))
+    one, other = (compress_model(model, token_windows(seed=seed), config).model.state_dict() for seed in (1, 2))
     torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from family_table import BY_NAME, layers_of
-from helpers import randn, run_cli
+from helpers import randn, run_cli, token_windows
 from modegpt.allocation import bounded_allocation
 from modegpt.config import CompressionConfig
 from modegpt.decompositions import outlier_share
 from modegpt.engine import Engine, compress_model
 from modegpt.layered import resident
 from modegpt.methods import METHODS
-from structured import windows
 
 
 def test_outliers_are_counted_over_all_maps_together() -> None:
@@ -89,13 +88,13 @@ def expected_shares(model: PreTrainedModel, ids: torch.Tensor, threshold: float)
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-biases", "gpt2", "opt", "phi3", "gemma3", "gpt-neox", "qwen3"])
 def test_scores_are_those_of_every_linear_map(name: str) -> None:
     model = BY_NAME[name].build()
-    engine = Engine(resident(model), windows(), 3)
+    engine = Engine(resident(model), token_windows(), 3)
     config = CompressionConfig.validated(ratio=0.3, method="magnitude", allocation="owl", owl_threshold=2.0)
     with engine.active():
         choice = engine.choose_ranks(config)
     assert choice.scores is not None
     found = [score for (score,) in choice.scores]
-    assert found == pytest.approx(expected_shares(model, windows().ids, 2.0), abs=2e-4)
+    assert found == pytest.approx(expected_shares(model, token_windows().ids, 2.0), abs=2e-4)
     for share, score in zip(choice.sparsity, found, strict=True):
         for other, better in zip(choice.sparsity, found, strict=True):
             assert (score < better) <= (share["mlp"] > other["mlp"])
@@ -106,7 +105,7 @@ def test_scores_are_those_of_every_linear_map(name: str) -> None:
 def test_every_method_meets_the_budget_with_it(name: str, method: str) -> None:
     model = BY_NAME[name].build(hidden_size=64, intermediate_size=176)
     config = CompressionConfig.validated(ratio=0.3, method=method, allocation="owl", owl_threshold=2.0)
-    result = compress_model(model, windows(), config)
+    result = compress_model(model, token_windows(), config)
     dense, kept = (sum(p.numel() for p in layers_of(one).parameters()) for one in (model, result.model))
     assert abs((1 - kept / dense) - 0.3) < 0.01
 

@@ -206,7 +206,7 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
 
     MLP: Cholesky factor of C and diagonal of its inverse, the same of C_SS, the prediction of the m - k others with
     its residual, W_D' and the norm. Value-output: W_v^T C W_v for every value head, and a thin SVD of an h x d
-    matrix for each. Query-key: a sum over channels. Leading terms only.
+    matrix for each. Query-key: a sum over channels. Whole heads: their greedy elimination. Leading terms only.
     """
     d, m, h = sizes.hidden, sizes.intermediate, sizes.head
     if module == "mlp":  # or one expert
@@ -215,6 +215,9 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
         return 2 / 3 * (m**3 + k**3) + 2 * k * others * m + 2 * k * others * d + 2 * others**2 * d + 2 * m**2 * d
     if module == "vo":
         return sizes.groups * (2 * d**2 * h + 12 * d * h**2) + sizes.heads * 4 * d * h**2 + 10 * sizes.groups * h**3
+    if module == "heads":  # a Cholesky factor, an inverse and its updates, and the products with W_o
+        n = sizes.heads * h
+        return 4.0 * n**3 + 4 * n**2 * d
     return 10.0 * sizes.heads * h**2
 
 

@@ -31,13 +31,14 @@ from .budget import (
     largest_ratio,
     ranks_from_losses,
     ranks_from_sparsity,
+    staying,
     whole,
 )
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
 from .evaluation import Loss
-from .families import model_geometry
+from .families import model_geometry, values_of_layers
 from .journal import Journal
 from .kept import Kept, unpacked
 from .layered import LayeredModel, place, resident
@@ -157,9 +158,10 @@ class Engine:
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
         method = METHODS[config.method].from_config(config)
+        geometry = self.geometry(method)
+        method.check(self.dense.model, geometry, config)
         if config.allocation == "own":
             return method.choose(self, config)
-        geometry = self.geometry(method)
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
             losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
@@ -241,6 +243,7 @@ class Engine:
         """
         count, geometry = len(self.dense.layers), self.geometry(method)
         thin = self.skeleton(geometry, choice.ranks)
+        places = {source: place for place, source in enumerate(thin.sources)}
         solver = LayerSolver(self.dense, geometry, self.workers, self.progress)
         done = self.workers.tell(self._journal.finished if self._journal else {})
         kept = not sequential and self.workers.tell(self.kept.profile is not None)
@@ -254,8 +257,12 @@ class Engine:
             for index in range(count):
                 # The outputs, by a later layer.
                 needed = bool(open_layers) and not kept and start <= index < open_layers[-1]
+                gone = index not in places
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
-                if index not in done:
+                if gone and index not in done:
+                    results[index] = LayerResult(choice.sparsity[index], {"layer": ModuleResult(0, 1, 1.0, None)})
+                    self._keep(index, None, {}, results[index])
+                elif index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
                         statistics = (
@@ -266,7 +273,7 @@ class Engine:
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
                         ladders = solver.ladders(index, method, layer, statistics, seed)
-                        state, modules = solver.cut(ladders, layer, thin.layers[index], choice.ranks[index])
+                        state, modules = solver.cut(ladders, layer, thin.layers[places[index]], choice.ranks[index])
                         self._say_short_experts(index, modules)
                         del statistics, ladders
                     results[index] = LayerResult(choice.sparsity[index], modules)
@@ -276,8 +283,8 @@ class Engine:
                         hidden.complete(index + 1)
                 elif needed and through_dense:
                     self._pass_on(self.dense, self.runner, index, hidden)
-                if needed and not through_dense:
-                    self._pass_on(thin, thin_runner, index, hidden)
+                if needed and not through_dense and not gone:
+                    self._pass_on(thin, thin_runner, places[index], hidden)
                 self.progress.advance()
         hidden.remove()
         return Compression(thin, [results[index] for index in range(count)], choice)
@@ -337,11 +344,12 @@ class Engine:
         self.progress.detail("passing on")
         with model.live(index):
             runner.run_layer(index, hidden)
-        hidden.complete(index + 1)
+        hidden.complete(model.sources[index] + 1)
 
     def _say_short_experts(self, index: int, modules: Mapping[Module, ModuleResult]) -> None:
-        tokens = modules["mlp"].expert_tokens
-        if tokens and (few := modules["mlp"].experts_short_of_tokens):
+        mlp = modules.get("mlp")
+        tokens = mlp.expert_tokens if mlp else None
+        if mlp and tokens and (few := mlp.experts_short_of_tokens):
             self.progress.note(
                 f"Layer {index}: {len(few)} of {len(tokens)} experts saw fewer tokens than they have channels "
                 f"({min(tokens)} at least); what they lack is estimated from their weights"
@@ -350,15 +358,17 @@ class Engine:
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self.dense.model.config, self.family.description)
 
-    def _keep(self, index: int, thin: LayeredModel, state: Tensors, result: LayerResult, *, used: bool) -> None:
-        """Put a finished layer where it belongs; it stays in memory if it is ``used`` next."""
+    def _keep(
+        self, index: int, thin: LayeredModel | None, state: Tensors, result: LayerResult, *, used: bool = False
+    ) -> None:
+        """Put a finished layer where it belongs, in ``thin`` unless it is gone; in memory if it is ``used`` next."""
         self.progress.detail("keeping the layer")
         if self._journal:
             self._journal.keep_layer(index, state, result)
-        if not self._durable:
-            place(thin.layers[index], state)
-        elif used:
-            thin.bring(index, state)
+        if thin is not None and not self._durable:
+            place(thin.layers[thin.sources.index(index)], state)
+        elif thin is not None and used:
+            thin.bring(thin.sources.index(index), state)
 
     def skeleton(
         self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks], *, share: bool = False
@@ -379,19 +389,22 @@ class Engine:
         if self.family.description.experts is not None:
             compressed.set_experts_implementation(dense.config._experts_implementation)
         compressed.eval()
-        return LayeredModel(compressed, self.family, self._finished_layer if self._durable else None, ahead=False)
+        sources = staying(ranks)
 
-    def _finished_layer(self, index: int) -> Tensors:
-        """A compressed layer's tensors, from the first worker's journal."""
-        own = self._journal.tensors(index) if self._journal else None
-        return self.workers.tensors(own, 0, self.dense.device)
+        def read(index: int) -> Tensors:
+            """A compressed layer's tensors, from the first worker's journal."""
+            own = self._journal.tensors(sources[index]) if self._journal else None
+            return self.workers.tensors(own, 0, self.dense.device)
+
+        return LayeredModel(compressed, self.family, read if self._durable else None, ahead=False, sources=sources)
 
     def compressed_config(self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> Any:
         """The compressed model's config: the dense one's values, its own model type, and the widths per layer."""
-        values = self.dense.model.config.to_dict()
+        stay = staying(ranks)
+        values = values_of_layers(self.dense.model, stay)
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
-        sizes = (layer.sizes(rank) for layer, rank in zip(geometry, ranks, strict=True))
+        sizes = (geometry[index].sizes(ranks[index]) for index in stay)
         per_layer = {index: widths.to_config() for index, widths in enumerate(sizes)}
         if self.family.inferred:
             values["compressed_family"] = self.family.description.differences()

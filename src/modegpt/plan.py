@@ -22,7 +22,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
 from .aims import with_ratio
-from .budget import average_sparsity
 from .config import ProfileConfig, RunConfig
 from .costs import (
     Sizes,
@@ -170,8 +169,8 @@ def make_plan(
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     config = with_ratio(config, model, dtype.itemsize)
-    geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    average_sparsity(geometry, config.modules, _ratio(config), config.align)
+    method = METHODS[config.method].from_config(config)
+    method.check(model, model_geometry(model, method.geometry), config, _ratio(config))
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})

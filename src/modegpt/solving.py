@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -21,9 +21,11 @@ from .progress import Progress
 from .results import ModuleResult
 from .statistics import LayerStatistics
 from .weights import (
+    HeadWeights,
     MLPWeights,
     cast_like,
     complete,
+    head_tensors,
     mlp_tensors,
     query_key_tensors,
     read_mlp,
@@ -108,7 +110,7 @@ class LayerSolver:
                 ladders.seeded(part)
                 solution = ladder.at(rank[part[0]])
                 solved[part] = self._tensors(part, solution.weights, solution.pairs), Outcome.of(solution)
-        state: Tensors = {}
+        state = self._untouched(layer, {part[0] for part in ladders.owners})
         geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
         outcomes: dict[Module, list[Outcome]] = {module: [] for module in geometry}
         for part, owner in ladders.owners.items():
@@ -139,19 +141,42 @@ class LayerSolver:
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
     def _ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
-        family, heads, (module, expert) = self._family, self._heads(layer), part
-        if module == "qk":
-            return method.query_key(read_query_key(layer, family, heads), statistics)
-        if module == "vo":
-            return method.value_output(read_value_output(layer, family, heads), statistics)
-        weights = read_mlp(layer, family, expert)
+        module, expert = part
+        weights = self._read(part, layer)
         if expert is not None:
             statistics = _for_expert(statistics, expert, weights)
-        return method.mlp(weights, statistics)
+        solvers: dict[Module, Callable[[Any, LayerStatistics], Ladder[Any]]] = {
+            "mlp": method.mlp,
+            "qk": method.query_key,
+            "vo": method.value_output,
+            "heads": method.heads,
+        }
+        return solvers[module](weights, statistics)
+
+    def _read(self, part: Part, layer: nn.Module) -> Any:
+        """The dense weights of a part."""
+        family, heads, (module, expert) = self._family, self._heads(layer), part
+        if module == "mlp":
+            return read_mlp(layer, family, expert)
+        if module == "qk":
+            return read_query_key(layer, family, heads)
+        if module == "vo":
+            return read_value_output(layer, family, heads)
+        return HeadWeights(read_query_key(layer, family, heads), read_value_output(layer, family, heads))
+
+    def _untouched(self, layer: nn.Module, modules: Collection[Module]) -> Tensors:
+        """What the ``modules`` do not speak for, as it is, in the compressed layer's state dict."""
+        tensors: Tensors = {}
+        for part in _parts(layer, self._family, ("mlp", "heads")):
+            if part[0] not in modules and not (part[0] == "heads" and {"qk", "vo"} & set(modules)):
+                tensors |= self._tensors(part, self._read(part, layer), None)
+        return cast_like(tensors, layer)
 
     def _tensors(self, part: Part, weights: Any, pairs: torch.Tensor | None) -> Tensors:
         """A part's compressed ``weights`` as in the compressed layer's state dict."""
         module, expert = part
+        if module == "heads":
+            return head_tensors(weights, self._family)
         if module == "mlp":
             return mlp_tensors(weights, self._family, expert)
         if module == "qk":
@@ -163,10 +188,11 @@ class LayerSolver:
 
 
 def _parts(layer: nn.Module, family: Family, modules: Sequence[Module]) -> list[Part]:
-    """What is solved by itself in a layer: its ``modules``, and in place of the MLP each expert."""
+    """What is solved by itself in a layer: its ``modules`` but itself, and in place of the MLP each expert."""
     experts = expert_count(layer, family)
     mlp: list[Part] = [("mlp", expert) for expert in range(experts)] if experts else [("mlp", None)]
-    return [part for module in modules for part in (mlp if module == "mlp" else [(module, None)])]
+    inside = [module for module in modules if module != "layer"]
+    return [part for module in inside for part in (mlp if module == "mlp" else [(module, None)])]
 
 
 def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -> LayerStatistics:

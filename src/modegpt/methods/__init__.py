@@ -4,7 +4,19 @@ from .base import Allocation, Calibrated, Ladder, Method, Solution
 from .greedy import Greedy
 from .magnitude import Magnitude
 from .modegpt import ModeGPT
+from .shortgpt import ShortGPT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT, Magnitude)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT, Magnitude, ShortGPT)}
 
-__all__ = ["METHODS", "Allocation", "Calibrated", "Greedy", "Ladder", "Magnitude", "Method", "ModeGPT", "Solution"]
+__all__ = [
+    "METHODS",
+    "Allocation",
+    "Calibrated",
+    "Greedy",
+    "Ladder",
+    "Magnitude",
+    "Method",
+    "ModeGPT",
+    "ShortGPT",
+    "Solution",
+]

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..budget import MODULES, LayerGeometry, Module, layer_geometry
+from ..budget import MODULES, LayerGeometry, Module, average_sparsity, layer_geometry
 from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
-from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from ..weights import HeadWeights, MLPWeights, QueryKeyWeights, ValueOutputWeights
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
     from ..engine import Engine
     from ..results import Choice
 
-Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights)
+Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights, HeadWeights)
 
 #: How the layers share the loss, and on which activations a layer is calibrated.
 Allocation = Literal["uniform", "block-influence", "block-influence-split", "owl", "sensitivity", "own"]
@@ -111,18 +111,28 @@ class Method(ABC):
         """The parameters of a stock decoder ``layer`` (which may be on the meta device) by the method's modules."""
         return layer_geometry(layer, config, family)
 
+    def check(self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig) -> None:
+        """Refuse, before any work, what cannot be done with ``model``, whose weights may be on the meta device."""
+        average_sparsity(geometry, config.modules, config.ratio, config.align)
+
     def choose(self, engine: Engine, config: CompressionConfig) -> Choice:
         """How much every layer keeps by the method's ``own`` allocation; within :meth:`Engine.active`."""
         raise NotImplementedError
 
-    @abstractmethod
+    # A method has those of the following solvers that its modules ask for.
+
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """A rank is a number of intermediate channels."""
+        raise NotImplementedError
 
-    @abstractmethod
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """A rank is a number of rotary pairs per key-value head, or of channels where none rotate."""
+        raise NotImplementedError
 
-    @abstractmethod
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """A rank is the width of the values of every head."""
+        raise NotImplementedError
+
+    def heads(self, weights: HeadWeights, statistics: LayerStatistics) -> Ladder[HeadWeights]:
+        """A rank is a number of key-value heads, each with its query heads."""
+        raise NotImplementedError
