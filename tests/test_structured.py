@@ -28,7 +28,7 @@ from modegpt.report import CompressionReport
 from modegpt.sources import ModelSource
 
 LAYERS = ["shortgpt"]
-BASELINES = ["magnitude", *LAYERS]
+BASELINES = ["magnitude", "obc", *LAYERS]
 NAMES = [
     "llama-gqa",
     "llama-biases",

@@ -80,7 +80,7 @@ class LayerGeometry:
             field: rank[name] * self.modules[name].channels for name, field in _WIDTHS.items() if name in rank
         }
         if "heads" in rank:
-            widths["kv_heads"] = rank["heads"] if rank["heads"] < self.modules["heads"].full else None
+            widths["kv_heads"] = rank["heads"]
         return LayerSizes(**widths) if self.dense is None else replace(self.dense, **widths)
 
 

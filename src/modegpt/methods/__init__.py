@@ -4,9 +4,10 @@ from .base import Allocation, Calibrated, Ladder, Method, Solution
 from .greedy import Greedy
 from .magnitude import Magnitude
 from .modegpt import ModeGPT
+from .obc import OBC
 from .shortgpt import ShortGPT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT, Magnitude, ShortGPT)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT, Magnitude, OBC, ShortGPT)}
 
 __all__ = [
     "METHODS",

@@ -140,7 +140,7 @@ class LayerSizes:
     qk_head_dim: int
     v_head_dim: int
     kv_heads: int | None = None
-    """Key-value heads, each with its query heads, where there are fewer than ``num_key_value_heads``."""
+    """Key-value heads, each with its query heads, of a model whose layers differ in them; given for all or none."""
     output_biases: bool = False
     """Whether attention and MLP have a bias at their output even if the family has none."""
 
