@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,20 +16,23 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import modegpt
-from family_table import BY_NAME, layers_of
+from family_table import BY_NAME, heads_of, layers_of, mlps_of
 from helpers import run_cli, tiny_llama, tiny_tokenizer, token_windows
 from modegpt.budget import kept_parameters
 from modegpt.config import CompressionConfig, RunConfig
-from modegpt.engine import Engine, compress_model
+from modegpt.engine import Compression, Engine, compress_model
 from modegpt.families import model_geometry
 from modegpt.journal import Journal, work_directory
+from modegpt.layered import resident
 from modegpt.methods import METHODS
 from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.report import CompressionReport
+from modegpt.results import Choice
 from modegpt.sources import ModelSource
 
 LAYERS = ["shortgpt"]
-BASELINES = ["magnitude", "obc", *LAYERS]
+BASELINES = ["magnitude", "obc", "flap", *LAYERS]
+HEADS = ["obc", "flap"]
 NAMES = [
     "llama-gqa",
     "llama-biases",
@@ -72,8 +76,10 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.T
     return model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, **options)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(one, name) for one in BASELINES for name in NAMES if one != "flap" or name not in ("mixtral", "qwen3-moe")],
+)
 def test_the_whole_way(
     method: str,
     name: str,
@@ -133,6 +139,214 @@ def test_the_whole_way(
     whole, again = (load_file(tmp_path / output / "model.safetensors") for output in ("whole", "resumed"))
     torch.testing.assert_close(again, whole, rtol=0, atol=0)
     assert not work_directory(tmp_path / "resumed").exists()
+
+
+# Channels and heads
+
+
+def silenced(name: str, *, repeated: bool) -> tuple[PreTrainedModel, list[list[int]]]:
+    """A model of four key-value heads, of which some carry nothing or what others do, and what is to stay.
+
+    Of the MLP the first ten channels are dead.
+    """
+    model = BY_NAME[name].build(num_key_value_heads=4)
+    stay = []
+    with torch.no_grad():
+        for number, layer in enumerate(layers_of(model)):
+            heads, mlp = heads_of(model, layer), mlps_of(model, layer)[0]
+            mlp.output[:, :10] = 0
+            gone = [number] if repeated else [number, 3]
+            for head in gone:
+                if not repeated:
+                    heads.output[head].zero_()
+                    continue
+                for parts in (heads.query, heads.key, heads.value):
+                    other = parts[(head + 1) % 4]
+                    parts[head].weight.copy_(other.weight)
+                    if other.bias is not None:
+                        parts[head].bias.copy_(other.bias)
+            stay.append([head for head in range(4) if head not in gone])
+    return model, stay
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_windows(4, seed=2).ids).logits
+
+
+def compress_to(
+    method: str, model: PreTrainedModel, mlp: int, heads: int, *, ridge: float = 1e-9, sequential: bool = True
+) -> Compression:
+    own = METHODS[method].from_config(CompressionConfig.validated(method=method, ratio=0.3, ridge=ridge))
+    ranks = [{"mlp": mlp, "heads": heads} for _ in layers_of(model)]
+    engine = Engine(resident(model), token_windows(16), 4)
+    with engine.active():
+        return engine.compress(own, Choice(ranks, [{} for _ in ranks]), sequential=sequential)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-mha", "llama-biases", "gpt2", "gpt-neox", "phi3", "opt", "qwen3", "gemma3", "cohere"]
+)
+@pytest.mark.parametrize("method", HEADS)
+def test_heads_and_channels_without_output_go_without_a_trace(method: str, name: str) -> None:
+    model, stay = silenced(name, repeated=False)
+    result = compress_to(method, model, 38, 2)
+    torch.testing.assert_close(logits(result.model), logits(model), rtol=1e-3, atol=1e-3)
+    for layer, expected in zip(result.layers, stay, strict=True):
+        kept = layer.modules["heads"].kept
+        assert kept == expected if len(expected) == 2 else set(kept) < set(expected)
+        assert layer.modules["mlp"].kept == list(range(10, 48))
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "llama-biases", "gpt2", "opt"])
+def test_of_two_equal_heads_one_goes_without_a_trace(name: str) -> None:
+    model, _ = silenced(name, repeated=True)
+    result = compress_to("obc", model, 38, 3)
+    torch.testing.assert_close(logits(result.model), logits(model), rtol=1e-3, atol=2e-3)
+    for number, layer in enumerate(result.layers):
+        assert len({number, (number + 1) % 4} & set(layer.modules["heads"].kept)) == 1
+
+
+def test_errors_of_heads_are_those_of_attention_s_output() -> None:
+    model = tiny_llama(num_key_value_heads=4, attention_bias=True)
+    result = compress_to("obc", model, 48, 2, sequential=False)
+    seen: list[torch.Tensor] = []
+    layer, thin = model.model.layers[1].self_attn, layers_of(result.model)[1].self_attn
+    layer.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].double().flatten(0, 1)))
+    with torch.no_grad():
+        model(token_windows(16).ids)
+        facts, outputs = result.layers[1].modules["heads"], seen[0] - layer.v_proj.bias.double()
+        kept = [8 * head + channel for head in facts.kept for channel in range(8)]
+        exact = outputs @ layer.o_proj.weight.double().T
+        found = outputs[:, kept] @ thin.o_proj.weight.double().T
+    assert facts.relative_error == pytest.approx(float((exact - found).norm() / exact.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_means_take_the_place_of_what_does_not_vary(biases: bool) -> None:
+    """The values of one head and some MLP channels are the same for all tokens."""
+    model = tiny_llama(num_key_value_heads=4, mlp_bias=biases, attention_bias=biases)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            if biases:
+                layer.mlp.gate_proj.weight[:20] = 0
+                layer.mlp.up_proj.weight[:20] = 0
+                layer.self_attn.v_proj.weight[8:16] = 0
+            else:
+                layer.mlp.down_proj.weight[:, :20] = 0
+                layer.self_attn.o_proj.weight[:, 8:16] = 0
+    result = compress_to("flap", model, 28, 3)
+    torch.testing.assert_close(logits(result.model), logits(model), rtol=1e-3, atol=1e-3)
+    for layer in result.layers:
+        assert layer.modules["heads"].kept == [0, 2, 3]
+        assert layer.modules["mlp"].kept == list(range(20, 48))
+
+
+def test_what_goes_leaves_its_mean() -> None:
+    """The compressed layer's MLP, fed with the dense one's inputs, puts out the same on average."""
+    model = tiny_llama()
+    result = compress_to("flap", model, 20, 1, sequential=False)
+    seen: list[torch.Tensor] = []
+    layer, thin = model.model.layers[0], layers_of(result.model)[0]
+    layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(token_windows(16).ids)
+        heads, x = seen
+        torch.testing.assert_close(thin.mlp(x).mean(0), layer.mlp(x).mean(0), rtol=1e-4, atol=1e-4)
+        kept = result.layers[0].modules["heads"].kept
+        found = thin.self_attn.o_proj(torch.cat([heads[:, 16 * head : 16 * head + 16] for head in kept], dim=1))
+        torch.testing.assert_close(found.mean(0), layer.self_attn.o_proj(heads).mean(0), rtol=1e-4, atol=1e-4)
+        assert (found - layer.self_attn.o_proj(heads)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("modules", ["mlp,heads", "mlp", "heads"])
+def test_flap_takes_the_lowest_of_all_standardised_scores(modules: str) -> None:
+    model = BY_NAME["llama-mha"].build(num_hidden_layers=4)
+    config = CompressionConfig.validated(method="flap", ratio=0.15, modules=modules)
+    assert config.allocation == "own"
+    result = compress_model(model, token_windows(), config)
+    dense, kept = (sum(p.numel() for p in layers_of(one).parameters()) for one in (model, result.model))
+    unit = 4 * 32 * 8 if modules == "heads" else 3 * 32
+    assert abs(dense * 0.85 - kept) <= unit / 2 + 1
+
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        for name, module in (("mlp", layer.mlp.down_proj), ("heads", layer.self_attn.o_proj)):
+            module.register_forward_pre_hook(
+                lambda _, args, key=(index, name): seen.update({key: args[0].detach().double().flatten(0, 1)})
+            )
+    logits(model)
+    with torch.no_grad():
+        model(token_windows().ids)
+    gone, stay = [], []
+    for (index, name), x in seen.items():
+        layer = model.model.layers[index]
+        weight = (layer.mlp.down_proj if name == "mlp" else layer.self_attn.o_proj).weight.detach().double()
+        metric = x.var(0, correction=0) * weight.square().sum(0)
+        metric = ((metric - metric.mean()) / metric.std(correction=0)).view(-1, 1 if name == "mlp" else 8).mean(1)
+        facts = result.layers[index].modules[name]
+        if name not in modules.split(","):
+            assert facts.rank == facts.full
+            continue
+        lost = facts.full - facts.rank
+        assert sorted(set(range(facts.full)) - set(facts.kept)) == sorted(metric.sort().indices[:lost].tolist())
+        order = metric.sort().values.tolist()
+        gone += order[:lost]
+        stay += order[lost:-1]  # the best of each stays anyhow
+    assert gone
+    # At the end a head can be more than is left to go; channels then go in its place.
+    assert sum(score > min(stay) for score in gone) <= (12 if modules == "mlp,heads" else 0)
+
+
+def test_experts_have_no_biases_for_flap(checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    outcome = run_cli(
+        *("compress", checkpoint("mixtral"), "--method", "flap", "--ratio", 0.3, "--output", tmp_path / "out"),
+        *("--calibration", text_file, "--samples", 4, "--sequence-length", 32),
+    )
+    assert outcome.code == 2
+    assert "experts" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "words"),
+    [
+        ("obc", {"kv_heads": 5}, "kv_heads"),
+        ("obc", {"kv_heads": 0}, "kv_heads"),
+        ("obc", {"kv_heads": "2"}, "kv_heads"),
+        ("obc", {"kv_heads": 1}, "mismatched"),
+        ("flap", {"output_biases": "yes"}, "output_biases"),
+        ("flap", {"output_biases": False}, "disagree"),
+    ],
+)
+def test_nonsense_in_the_config_is_refused(method: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    modegpt.save(compress_to(method, tiny_llama(num_key_value_heads=4), 30, 3).model, tmp_path / "m")
+    modegpt.load(tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    config = json.loads(file.read_text())
+    config["per_layer_config"]["1"] |= changes
+    file.write_text(json.dumps(config))
+    with pytest.raises(modegpt.CheckpointError, match=words):
+        modegpt.load(tmp_path / "m")
+
+
+def test_inspect_shows_heads_and_layers(checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path) -> None:
+    for method, title in (("obc", "HEADS"), ("shortgpt", "LAYER")):
+        output = tmp_path / method
+        arguments = ("compress", checkpoint("llama-gqa"), "--method", method, "--ratio", 0.3, "--output", output)
+        assert run_cli(*arguments, "--calibration", text_file, "--samples", 4, "--sequence-length", 32).code == 0
+        outcome = run_cli("inspect", output)
+        assert outcome.code == 0
+        assert title in outcome.out
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_plan_is_made_for_it(method: str, checkpoint: Callable[[str], Path]) -> None:
+    for name in ("llama-gqa", "qwen3-moe") if method != "flap" else ("llama-gqa",):
+        outcome = run_cli("plan", checkpoint(name), "--method", method, "--ratio", 0.3, "--sequence-length", 32)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "All phases" in outcome.out
 
 
 # Whole layers

@@ -181,6 +181,16 @@ def elimination_bytes(sizes: Sizes) -> int:
     return 8 * (made_up + 3 * sizes.intermediate**2 + 3 * sizes.intermediate * sizes.hidden)
 
 
+def head_elimination_bytes(sizes: Sizes) -> int:
+    """The same of whole heads."""
+    return elimination_bytes(replace(sizes, experts=1, intermediate=sizes.heads * sizes.head))
+
+
+def selection_bytes(sizes: Sizes) -> int:
+    """What choosing by the weights alone holds: the output maps in float64, and as much of the others at a time."""
+    return 8 * sizes.hidden * (2 * sizes.intermediate + 4 * sizes.heads * sizes.head)
+
+
 def solve_bytes(sizes: Sizes, tokens: int, kept: float = 1.0) -> int:
     """What the paper's algorithm for the MLP holds at once besides the statistics and the layer.
 

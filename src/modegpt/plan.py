@@ -25,15 +25,12 @@ from .aims import with_ratio
 from .config import ProfileConfig, RunConfig
 from .costs import (
     Sizes,
-    elimination_bytes,
     forward_bytes,
     forward_flops,
     gram_flops,
     head_flops,
     kept_bytes,
     resized,
-    solve_bytes,
-    solve_flops,
     statistics_bytes,
 )
 from .data import PIECE, SAMPLED_AT_ONCE, SELF, TokenWindows
@@ -43,14 +40,15 @@ from .files import existing_parent
 from .journal import left_behind
 from .layered import LayeredModel, resident
 from .layout import HeadShape, expert_count
-from .methods import METHODS, Greedy
+from .methods import METHODS
 from .mixture import Mixture
 from .parallel import Workers, processes, processes_here
 from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
+from .progress import Progress
 from .runner import HEAD_POSITIONS, LayerRunner
+from .solving import LayerSolver
 from .sources import ModelSource, empty_model
 from .statistics import StatisticsCollector, observable
-from .weights import read_mlp, read_query_key, read_value_output
 
 #: Allowance for what PyTorch's kernels and the allocator hold besides tensors.
 OVERHEAD_BYTES = 100_000_000
@@ -300,9 +298,8 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
     kept = 1 - _ratio(config) if config.allocation == "uniform" else 1 - _ratio(config) / 2
-    solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
-    if config.method == Greedy.name:
-        solve = max(solve, statistics + elimination_bytes(shape.sizes))
+    method = METHODS[config.method].from_config(config)
+    solve = statistics + method.solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     logits = 0
     if config.evaluate != "none":
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
@@ -378,12 +375,13 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     evaluated = _evaluated_texts(config) * _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
-    parts = {module: sizes.experts if module == "mlp" else 1 for module in METHODS[config.method].modules}
-    solve = sizes.layers * sum(count * solve_flops(module, sizes, kept) for module, count in parts.items())
+    method = METHODS[config.method].from_config(config)
+    parts = {module: sizes.experts if module == "mlp" else 1 for module in method.modules}
+    solve = sizes.layers * sum(count * method.solve_flops(module, sizes, kept) for module, count in parts.items())
     head = 2 * head_flops(sizes.hidden, shape.vocabulary)
 
     def phase(name: str, **flops: float) -> PhasePlan:
-        seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items())
+        seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items() if count)
         return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
 
     profiled = _profiles(config)
@@ -419,6 +417,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
     on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
     sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
     window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - _ratio(config)
+    method = METHODS[config.method].from_config(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
@@ -430,7 +429,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
         gram=window
         * gram_flops(sizes, METHODS[config.method].statistics, window)
         / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
-        solve=sum(solve_flops(module, sizes, kept) for module in METHODS[config.method].modules) / seconds["solve"],
+        solve=sum(method.solve_flops(module, sizes, kept) for module in method.modules) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
         sample=SAMPLED_AT_ONCE
         * (forward_flops(sizes, 1) + head_flops(sizes.hidden, _PROBE_VOCABULARY))
@@ -473,14 +472,18 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
             with clock("sample"):
                 model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
     statistics = collector.result(Workers())
-    of_mlp = statistics.of_expert(0) if experts else statistics
-    if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (2 * sizes.experts):
+    of_mlp = statistics.of_expert(0) if experts and "mlp" in method.statistics else statistics
+    if "mlp" in method.statistics and config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (
+        2 * sizes.experts
+    ):
         # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
         of_mlp["mlp"].diagonal().add_(of_mlp["mlp"].diagonal().mean().clamp_min(1))
+    solver = LayerSolver(model, [], Workers(), Progress())
     with clock("solve"):
-        method.mlp(read_mlp(layer, family, 0 if experts else None), of_mlp).at(rank(sizes.intermediate))
-        method.query_key(read_query_key(layer, family, heads), statistics).at(rank(sizes.head // heads.step))
-        method.value_output(read_value_output(layer, family, heads), statistics).at(rank(sizes.head))
+        for module, shape in method.geometry(layer, model.model.config, family).modules.items():
+            if module != "layer":
+                part = (module, 0 if experts and module == "mlp" else None)
+                solver.ladder(part, method, layer, statistics).at(rank(shape.full))
     return seconds
 
 

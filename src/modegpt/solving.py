@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .budget import LayerGeometry, LayerRanks, Module
-from .costs import Sizes, solve_flops, spread
+from .costs import Sizes, spread
 from .decompositions import with_pseudo_tokens
 from .layered import LayeredModel
 from .layout import HeadShape, expert_count
@@ -40,6 +40,8 @@ Tensors = dict[str, torch.Tensor]
 Part = tuple[Module, int | None]
 _SEEDED: tuple[Module, ...] = get_args(Module)
 _EXPERT_SEED = 1_000_003
+#: What is taken to be kept when the parts of a layer are shared out before ranks are looked at.
+_KEPT = 0.7
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class LayerSolver:
     ) -> LayerLadders:
         """What ``method`` finds for layer ``index``; ``statistics`` is not needed afterwards but by the ladders."""
         parts = _parts(layer, self._family, method.modules)
-        owners = spread({part: solve_flops(part[0], self._sizes) for part in parts}, self._workers.size)
+        costs = {part: method.solve_flops(part[0], self._sizes, _KEPT) for part in parts}
+        owners = spread(costs, self._workers.size)
 
         def seeded(part: Part) -> None:
             # What a method draws depends on the place alone, not on how far this process has come.
@@ -97,7 +100,7 @@ class LayerSolver:
             for part in (part for part in parts if owners[part] == self._workers.rank):
                 self._progress.detail(f"solving {part[0]}" if part[1] is None else f"solving expert {part[1]}")
                 seeded(part)
-                own[part] = self._ladder(part, method, layer, statistics)
+                own[part] = self.ladder(part, method, layer, statistics)
         return LayerLadders(index, owners, own, seeded, statistics.expert_tokens)
 
     def cut(
@@ -140,7 +143,8 @@ class LayerSolver:
         device = self._dense.device
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
-    def _ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
+    def ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
+        """What ``method`` finds for one part of a layer."""
         module, expert = part
         weights = self._read(part, layer)
         if expert is not None:

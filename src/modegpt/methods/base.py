@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .. import costs
 from ..budget import MODULES, LayerGeometry, Module, average_sparsity, layer_geometry
 from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
@@ -110,6 +111,14 @@ class Method(ABC):
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """The parameters of a stock decoder ``layer`` (which may be on the meta device) by the method's modules."""
         return layer_geometry(layer, config, family)
+
+    def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
+        """Operations to solve one ``module`` (or one expert) of a layer, keeping the share ``kept``."""
+        return costs.solve_flops(module, sizes, kept)
+
+    def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
+        """What solving a layer calibrated on so many ``tokens`` holds at once besides the statistics and the layer."""
+        return costs.solve_bytes(sizes, tokens, kept)
 
     def check(self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig) -> None:
         """Refuse, before any work, what cannot be done with ``model``, whose weights may be on the meta device."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from .. import costs
+from ..budget import Module
 from ..decompositions import couples, selection_losses, top_indices
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
@@ -36,6 +39,14 @@ class Magnitude(Method):
     def from_config(cls, config: CompressionConfig) -> Magnitude:
         """No option concerns it."""
         return cls()
+
+    def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
+        """A product and a sum for every weight of an MLP or of attention."""
+        return 2.0 * costs.layer_parameters(replace(sizes, routed=1)) / len(self.modules)
+
+    def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
+        """The maps."""
+        return costs.selection_bytes(sizes)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """Of all maps, one selection."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .. import costs
 from ..budget import LayerGeometry, head_geometry
 from ..decompositions import greedy_elimination, refit, regularised, unit_channels
 from ..modeling import Family
@@ -48,6 +49,11 @@ class OBC(Method):
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """Channels and heads."""
         return head_geometry(layer, config, family)
+
+    def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
+        """What takes most of the fits and the eliminations."""
+        eliminations = costs.elimination_bytes(sizes), costs.head_elimination_bytes(sizes)
+        return max(costs.solve_bytes(sizes, tokens, kept), *eliminations)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """A structure is one channel."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..budget import LayerGeometry, LayerRanks, whole_geometry
+from .. import costs
+from ..budget import LayerGeometry, LayerRanks, Module, whole_geometry
 from ..errors import InvalidRequest
 from ..families import check_removable
 from ..modeling import Family
@@ -40,6 +41,14 @@ class WholeLayers(Method):
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """One unit."""
         return whole_geometry(layer, config, family)
+
+    def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
+        """Nothing is solved."""
+        return 0.0
+
+    def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
+        """The layer is written with its maps apart."""
+        return costs.selection_bytes(sizes)
 
     def check(self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig) -> None:
         """Refuse a ratio to which no layer or all layers come nearest, and layers that cannot be moved."""
