@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +26,13 @@ from modegpt.families import model_geometry
 from modegpt.journal import Journal, work_directory
 from modegpt.layered import resident
 from modegpt.methods import METHODS
+from modegpt.methods.sleb import losses_without
 from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.report import CompressionReport
 from modegpt.results import Choice
 from modegpt.sources import ModelSource
 
-LAYERS = ["shortgpt"]
+LAYERS = ["shortgpt", "sleb"]
 BASELINES = ["magnitude", "obc", "flap", *LAYERS]
 HEADS = ["obc", "flap"]
 NAMES = [
@@ -400,6 +402,57 @@ def test_the_layers_of_least_influence_go() -> None:
     assert gone_in(result.layers) == [1, 4]
     assert result.choice.scores is not None
     assert sorted(range(6), key=lambda index: result.choice.scores[index])[:2] in ([1, 4], [4, 1])
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_sleb_takes_the_layer_that_the_loss_rises_least_without(name: str) -> None:
+    model, data = BY_NAME[name].build(num_hidden_layers=5, **_layers_of_five(name)), token_windows(6, 24)
+    engine = Engine(resident(model), data, 4)
+    config = CompressionConfig.validated(method="sleb", ratio=0.6)
+    with engine.active():
+        choice = engine.choose_ranks(config)
+        first = dict(losses_without(engine, []))
+        second = dict(losses_without(engine, [min(first, key=lambda index: first[index])]))
+
+    gone: list[int] = []
+    for measured in (first, second, None):
+        losses = {
+            index: math.log(modegpt.perplexity(stock_without(model, [*gone, index]), data))
+            for index in range(5)
+            if index not in gone
+        }
+        if measured is not None:
+            assert measured == pytest.approx(losses, rel=1e-5)
+        gone.append(min(losses, key=lambda index: losses[index]))
+    assert [rank["layer"] for rank in choice.ranks] == [int(index not in gone) for index in range(5)]
+
+
+def test_sleb_goes_on_after_the_last_round(
+    checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[list[int]] = []
+
+    def counted(engine: Engine, gone: list[int]) -> list[tuple[int, float]]:
+        rounds.append(list(gone))
+        if rounds == [[], rounds[-1]] and len(gone) == 1:
+            raise KeyboardInterrupt
+        return losses_without(engine, gone)
+
+    monkeypatch.setattr("modegpt.methods.sleb.losses_without", counted)
+    config = RunConfig.validated(
+        model=str(checkpoint("llama-gqa")),
+        output=tmp_path / "out",
+        calibration=str(text_file),
+        method="sleb",
+        ratio=0.6,
+        samples=4,
+        sequence_length=32,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        compress_to_directory(config)
+    report = compress_to_directory(config)
+    assert [len(gone) for gone in rounds] == [0, 1, 1]
+    assert len(gone_in(report.layers)) == 2
 
 
 @pytest.mark.parametrize("method", LAYERS)

@@ -329,13 +329,14 @@ def _states(config: RunConfig, shape: Shape) -> int:
 
 
 def _streams(config: RunConfig, shape: Shape) -> list[Part]:
-    """The hidden states of the probe windows with each module alone compressed."""
-    if not _profiles(config):
+    """The hidden states of the probe windows with each module alone compressed, or without each layer."""
+    method = METHODS[config.method].from_config(config)
+    if not _profiles(config) and method.removal_passes(shape.sizes.layers, _ratio(config)) is None:
         return []
     length = min(PROBE_LENGTH, config.sequence_length)
     windows = _share(config, probe_windows(config.sequence_length))
     count = 1 + len(config.modules) * shape.sizes.layers
-    return [Part(name="streams of the profile", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
+    return [Part(name="streams of probe windows", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
 
 
 def _share(config: RunConfig, windows: int) -> int:
@@ -396,7 +397,12 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         forward = tokens * dense + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
-    elif config.allocation.startswith("block"):
+    elif (passes := method.removal_passes(sizes.layers, _ratio(config))) is not None:
+        runs, heads = passes
+        probe = min(PROBE_TOKENS, config.samples * window)
+        one_head = head_flops(sizes.hidden, shape.vocabulary)
+        phases.append(phase("scores", forward=probe * runs * dense / sizes.layers, head=probe * heads * one_head))
+    elif config.allocation not in ("uniform", "sensitivity"):
         phases.append(phase("scores", forward=tokens * dense))
     if isinstance(config, ProfileConfig):
         return phases

@@ -7,13 +7,17 @@ from .magnitude import Magnitude
 from .modegpt import ModeGPT
 from .obc import OBC
 from .shortgpt import ShortGPT
+from .sleb import SLEB
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB)
+}
 
 __all__ = [
     "FLAP",
     "METHODS",
     "OBC",
+    "SLEB",
     "Allocation",
     "Calibrated",
     "Greedy",

@@ -124,6 +124,10 @@ class Method(ABC):
         """Refuse, before any work, what cannot be done with ``model``, whose weights may be on the meta device."""
         average_sparsity(geometry, config.modules, config.ratio, config.align)
 
+    def removal_passes(self, layers: int, ratio: float) -> tuple[float, float] | None:
+        """What :meth:`choose` runs of the probe windows: layers, and heads; None for one pass of all windows."""
+        return None
+
     def choose(self, engine: Engine, config: CompressionConfig) -> Choice:
         """How much every layer keeps by the method's ``own`` allocation; within :meth:`Engine.active`."""
         raise NotImplementedError
