@@ -159,9 +159,10 @@ class Engine:
         """
         method = METHODS[config.method].from_config(config)
         geometry = self.geometry(method)
-        method.check(self.dense.model, geometry, config)
+        method.check(self.dense.model, geometry, config, config.ratio or 0.0)
         if config.allocation == "own":
-            return method.choose(self, config)
+            assert config.ratio is not None
+            return method.choose(self, config, config.ratio)
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
             losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]

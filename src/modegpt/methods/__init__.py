@@ -9,9 +9,8 @@ from .obc import OBC
 from .shortgpt import ShortGPT
 from .sleb import SLEB
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB)
-}
+_METHODS: tuple[type[Method], ...] = (Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
 __all__ = [
     "FLAP",

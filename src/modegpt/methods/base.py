@@ -120,16 +120,18 @@ class Method(ABC):
         """What solving a layer calibrated on so many ``tokens`` holds at once besides the statistics and the layer."""
         return costs.solve_bytes(sizes, tokens, kept)
 
-    def check(self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig) -> None:
+    def check(
+        self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig, ratio: float
+    ) -> None:
         """Refuse, before any work, what cannot be done with ``model``, whose weights may be on the meta device."""
-        average_sparsity(geometry, config.modules, config.ratio, config.align)
+        average_sparsity(geometry, config.modules, ratio, config.align)
 
     def removal_passes(self, layers: int, ratio: float) -> tuple[float, float] | None:
         """What :meth:`choose` runs of the probe windows: layers, and heads; None for one pass of all windows."""
         return None
 
-    def choose(self, engine: Engine, config: CompressionConfig) -> Choice:
-        """How much every layer keeps by the method's ``own`` allocation; within :meth:`Engine.active`."""
+    def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
+        """What every layer keeps when ``ratio`` goes by the method's ``own`` allocation; in :meth:`Engine.active`."""
         raise NotImplementedError
 
     # A method has those of the following solvers that its modules ask for.

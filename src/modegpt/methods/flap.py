@@ -83,12 +83,14 @@ class FLAP(Method):
         """Norms and means over an output map."""
         return 4.0 * sizes.hidden * (sizes.intermediate if module == "mlp" else sizes.heads * sizes.head)
 
-    def check(self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig) -> None:
+    def check(
+        self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig, ratio: float
+    ) -> None:
         """Refuse experts as well."""
         family = family_of(model)
         if any(has_experts(layer, family.description) for layer in decoder_layers(model, family)):
             raise InvalidRequest("--method flap: MODEL has experts, which have no bias to make up for what goes")
-        super().check(model, geometry, config)
+        super().check(model, geometry, config, ratio)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """A unit is one channel."""
@@ -117,10 +119,10 @@ class FLAP(Method):
 
         return Ladder(groups, at, units.losses)
 
-    def choose(self, engine: Engine, config: CompressionConfig) -> Choice:
+    def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
         """AL-AM: by one pass over the dense layers."""
         geometry = engine.geometry(self)
-        wanted = average_sparsity(geometry, config.modules, config.ratio, config.align) * sum(
+        wanted = average_sparsity(geometry, config.modules, ratio, config.align) * sum(
             layer.modules[module].parameters for layer in geometry for module in config.modules
         )
 

@@ -50,13 +50,15 @@ class WholeLayers(Method):
         """The layer is written with its maps apart."""
         return costs.selection_bytes(sizes)
 
-    def check(self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig) -> None:
+    def check(
+        self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig, ratio: float
+    ) -> None:
         """Refuse a ratio to which no layer or all layers come nearest, and layers that cannot be moved."""
         sizes, option = [layer.parameters for layer in geometry], f"--method {self.name}"
         least, most = min(sizes) / sum(sizes) / 2, 1 - min(sizes) / sum(sizes) / 2
-        if not least <= config.ratio <= most:
+        if not least <= ratio <= most:
             raise InvalidRequest(
-                f"--ratio {config.ratio:g}: {option} removes whole layers, which are {2 * least:.3g} of the decoder "
+                f"--ratio {ratio:g}: {option} removes whole layers, which are {2 * least:.3g} of the decoder "
                 f"blocks each; use {least:.3g} to {most:.3g}, or another method"
             )
         check_removable(model, option)
@@ -86,10 +88,8 @@ class ShortGPT(WholeLayers):
     name = "shortgpt"
     summary = "whole layers go, those that change their input least"
 
-    def choose(self, engine: Engine, config: CompressionConfig) -> Choice:
+    def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
         """By one pass over the layers."""
         scores = [row[0] for row in engine.block_influence()]
-        ranks = without(
-            sorted(range(len(scores)), key=lambda index: scores[index]), engine.geometry(self), config.ratio
-        )
+        ranks = without(sorted(range(len(scores)), key=lambda index: scores[index]), engine.geometry(self), ratio)
         return Choice(ranks, [{"layer": float(1 - rank["layer"])} for rank in ranks], [[score] for score in scores])

@@ -31,18 +31,18 @@ class SLEB(WholeLayers):
         left = range(layers, layers - max(1, round(ratio * layers)), -1)
         return sum(count * (count + 1) / 2 for count in left), sum(left)
 
-    def choose(self, engine: Engine, config: CompressionConfig) -> Choice:
+    def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
         """As many rounds as layers go."""
         geometry, gone = engine.geometry(self), list[int]()
         sizes = [layer.parameters for layer in geometry]
-        wanted = config.ratio * sum(sizes)
+        wanted = ratio * sum(sizes)
         with engine.progress.phase("scores", max(1, round(wanted / max(sizes)))):
             while not gone or sum(sizes[index] for index in gone) < wanted - min(sizes) / 2:
                 engine.progress.detail(f"without {len(gone) + 1}")
                 losses = engine.once(f"without {gone}", lambda: losses_without(engine, gone))
                 gone.append(min((loss, index) for index, loss in losses)[1])
                 engine.progress.advance()
-        ranks = without(gone, geometry, config.ratio)
+        ranks = without(gone, geometry, ratio)
         return Choice(ranks, [{"layer": float(1 - rank["layer"])} for rank in ranks])
 
 
@@ -53,6 +53,7 @@ def losses_without(engine: Engine, gone: list[int]) -> list[tuple[int, float]]:
     one begins behind it with what enters it. So each layer is live once, what comes before a layer is computed once for
     all that come later, and memory holds a stream for every layer. Forward passes only.
     """
+    assert engine.probe is not None
     batches = engine.own_batches(engine.probe)
     runner = LayerRunner(engine.dense, batches, engine.workers)
     clean, streams = Activations(len(batches)), dict[int, Activations]()
