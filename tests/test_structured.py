@@ -108,8 +108,9 @@ def test_the_whole_way(
     thin = modegpt.compress(stock, calibration=texts.calibration, **options)
     torch.testing.assert_close(dict(loaded.state_dict()), dict(thin.state_dict()), rtol=0, atol=0)
     assert [layer.modules for layer in report.layers] == [layer.modules for layer in thin.compression_report.layers]
+    (held_out,) = texts.evaluation.values()
+    measured = [modegpt.perplexity(model, held_out, batch_size=4) for model in (stock, thin)]
     assert report.perplexity is not None
-    measured = [modegpt.perplexity(model, texts.evaluation, batch_size=4) for model in (stock, thin)]
     assert [report.perplexity.dense, report.perplexity.compressed] == pytest.approx(measured, rel=1e-5)
 
     # The parameters that are counted are those that are there.

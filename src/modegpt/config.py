@@ -93,7 +93,7 @@ class CompressionConfig(BaseModel):
     modules: tuple[Module, ...] = Field(
         default_factory=_of_method(lambda method: method.modules),
         description="Comma-separated modules to compress, all of the method by default: mlp, qk (query-key), "
-        "vo (value-output).",
+        "vo (value-output), heads (whole key-value heads with their queries), layer (whole layers).",
     )
     statistics: Calibrated = Field(
         default_factory=_of_method(lambda method: method.calibrated),
