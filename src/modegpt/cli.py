@@ -64,6 +64,10 @@ def compress(
     method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
     allocation: Annotated[str | None, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = None,
     temperature: Annotated[str, typer.Option(help=_help("temperature"), rich_help_panel=_HOW)] = "auto",
+    owl_threshold: Annotated[float, typer.Option(help=_help("owl_threshold"), rich_help_panel=_HOW)] = _default(
+        "owl_threshold"
+    ),
+    owl_reach: Annotated[float, typer.Option(help=_help("owl_reach"), rich_help_panel=_HOW)] = _default("owl_reach"),
     statistics: Annotated[str | None, typer.Option(help=_help("statistics"), rich_help_panel=_HOW)] = None,
     ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
     calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = CALIBRATION,

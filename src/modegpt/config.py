@@ -72,19 +72,28 @@ class CompressionConfig(BaseModel):
     allocation: Allocation = Field(
         default_factory=_of_method(lambda method: method.allocation),
         description="How the layers share the loss: 'uniform'; 'block-influence', less from layers that change "
-        "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43); 'sensitivity', "
-        "less from modules that, compressed alone, move the model's predictions further. By default what suits the "
-        "method: " + ", ".join(f"'{m.allocation}' for '{name}'" for name, m in METHODS.items()) + ".",
+        "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43); 'owl', less from "
+        "layers with more outliers among weights times inputs; 'sensitivity', "
+        "less from modules that, compressed alone, move the model's predictions further; 'own', as the method itself "
+        "has it. By default what suits the method: "
+        + ", ".join(f"'{m.allocation}' for '{name}'" for name, m in METHODS.items())
+        + ".",
     )
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="Temperature of the block-influence allocations: low concentrates the loss on few layers. "
         "'auto' lets the most compressed layer lose 80 %.",
     )
+    owl_threshold: Annotated[float, Field(ge=1, le=1000)] = Field(
+        5.0, description="What counts as an outlier for 'owl': so many times the layer's mean. The paper tries 3 to 10."
+    )
+    owl_reach: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.08, description="How far 'owl' lets a layer's sparsity be from the average, on either side."
+    )
     modules: tuple[Module, ...] = Field(
         default_factory=_of_method(lambda method: method.modules),
         description="Comma-separated modules to compress, all of the method by default: mlp, qk (query-key), "
-        "vo (value-output).",
+        "vo (value-output), heads (whole key-value heads with their queries), layer (whole layers).",
     )
     statistics: Calibrated = Field(
         default_factory=_of_method(lambda method: method.calibrated),
@@ -146,6 +155,15 @@ class CompressionConfig(BaseModel):
     def _known_method(cls, value: str) -> str:
         if value not in METHODS:
             raise ValueError(f"unknown method; use one of {', '.join(METHODS)}")
+        return value
+
+    @field_validator("allocation")
+    @classmethod
+    def _of_the_method(cls, value: Allocation, info: ValidationInfo) -> Allocation:
+        method = METHODS[info.data.get("method", "modegpt")]
+        if value not in method.allocations:
+            usable = ", ".join(f"'{one}'" for one in method.allocations if one != "own") or "none: it has its own"
+            raise ValueError(f"not for --method {method.name}, which can be used with {usable}")
         return value
 
     @field_validator("modules", mode="before")

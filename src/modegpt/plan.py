@@ -22,19 +22,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
 from .aims import with_ratio
-from .budget import average_sparsity
 from .config import ProfileConfig, RunConfig
 from .costs import (
     Sizes,
-    elimination_bytes,
     forward_bytes,
     forward_flops,
     gram_flops,
     head_flops,
     kept_bytes,
     resized,
-    solve_bytes,
-    solve_flops,
     statistics_bytes,
 )
 from .data import PIECE, SAMPLED_AT_ONCE, SELF, TokenWindows
@@ -44,14 +40,15 @@ from .files import existing_parent
 from .journal import left_behind
 from .layered import LayeredModel, resident
 from .layout import HeadShape, expert_count
-from .methods import METHODS, Greedy
+from .methods import METHODS
 from .mixture import Mixture
 from .parallel import Workers, processes, processes_here
 from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
+from .progress import Progress
 from .runner import HEAD_POSITIONS, LayerRunner
+from .solving import LayerSolver
 from .sources import ModelSource, empty_model
 from .statistics import StatisticsCollector, observable
-from .weights import read_mlp, read_query_key, read_value_output
 
 #: Allowance for what PyTorch's kernels and the allocator hold besides tensors.
 OVERHEAD_BYTES = 100_000_000
@@ -170,8 +167,8 @@ def make_plan(
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     config = with_ratio(config, model, dtype.itemsize)
-    geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    average_sparsity(geometry, config.modules, _ratio(config), config.align)
+    method = METHODS[config.method].from_config(config)
+    method.check(model, model_geometry(model, method.geometry), config, _ratio(config))
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
@@ -301,9 +298,8 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
     kept = 1 - _ratio(config) if config.allocation == "uniform" else 1 - _ratio(config) / 2
-    solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
-    if config.method == Greedy.name:
-        solve = max(solve, statistics + elimination_bytes(shape.sizes))
+    method = METHODS[config.method].from_config(config)
+    solve = statistics + method.solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     logits = 0
     if config.evaluate != "none":
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
@@ -333,13 +329,14 @@ def _states(config: RunConfig, shape: Shape) -> int:
 
 
 def _streams(config: RunConfig, shape: Shape) -> list[Part]:
-    """The hidden states of the probe windows with each module alone compressed."""
-    if not _profiles(config):
+    """The hidden states of the probe windows with each module alone compressed, or without each layer."""
+    method = METHODS[config.method].from_config(config)
+    if not _profiles(config) and method.removal_passes(shape.sizes.layers, _ratio(config)) is None:
         return []
     length = min(PROBE_LENGTH, config.sequence_length)
     windows = _share(config, probe_windows(config.sequence_length))
     count = 1 + len(config.modules) * shape.sizes.layers
-    return [Part(name="streams of the profile", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
+    return [Part(name="streams of probe windows", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
 
 
 def _share(config: RunConfig, windows: int) -> int:
@@ -379,12 +376,13 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     evaluated = _evaluated_texts(config) * _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
-    parts = {module: sizes.experts if module == "mlp" else 1 for module in METHODS[config.method].modules}
-    solve = sizes.layers * sum(count * solve_flops(module, sizes, kept) for module, count in parts.items())
+    method = METHODS[config.method].from_config(config)
+    parts = {module: sizes.experts if module == "mlp" else 1 for module in method.modules}
+    solve = sizes.layers * sum(count * method.solve_flops(module, sizes, kept) for module, count in parts.items())
     head = 2 * head_flops(sizes.hidden, shape.vocabulary)
 
     def phase(name: str, **flops: float) -> PhasePlan:
-        seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items())
+        seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items() if count)
         return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
 
     profiled = _profiles(config)
@@ -399,7 +397,12 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         forward = tokens * dense + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
-    elif config.allocation.startswith("block"):
+    elif (passes := method.removal_passes(sizes.layers, _ratio(config))) is not None:
+        runs, heads = passes
+        probe = min(PROBE_TOKENS, config.samples * window)
+        one_head = head_flops(sizes.hidden, shape.vocabulary)
+        phases.append(phase("scores", forward=probe * runs * dense / sizes.layers, head=probe * heads * one_head))
+    elif config.allocation not in ("uniform", "sensitivity"):
         phases.append(phase("scores", forward=tokens * dense))
     if isinstance(config, ProfileConfig):
         return phases
@@ -420,6 +423,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
     on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
     sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
     window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - _ratio(config)
+    method = METHODS[config.method].from_config(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
@@ -431,7 +435,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
         gram=window
         * gram_flops(sizes, METHODS[config.method].statistics, window)
         / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
-        solve=sum(solve_flops(module, sizes, kept) for module in METHODS[config.method].modules) / seconds["solve"],
+        solve=sum(method.solve_flops(module, sizes, kept) for module in method.modules) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
         sample=SAMPLED_AT_ONCE
         * (forward_flops(sizes, 1) + head_flops(sizes.hidden, _PROBE_VOCABULARY))
@@ -474,14 +478,18 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
             with clock("sample"):
                 model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
     statistics = collector.result(Workers())
-    of_mlp = statistics.of_expert(0) if experts else statistics
-    if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (2 * sizes.experts):
+    of_mlp = statistics.of_expert(0) if experts and "mlp" in method.statistics else statistics
+    if "mlp" in method.statistics and config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (
+        2 * sizes.experts
+    ):
         # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
         of_mlp["mlp"].diagonal().add_(of_mlp["mlp"].diagonal().mean().clamp_min(1))
+    solver = LayerSolver(model, [], Workers(), Progress())
     with clock("solve"):
-        method.mlp(read_mlp(layer, family, 0 if experts else None), of_mlp).at(rank(sizes.intermediate))
-        method.query_key(read_query_key(layer, family, heads), statistics).at(rank(sizes.head // heads.step))
-        method.value_output(read_value_output(layer, family, heads), statistics).at(rank(sizes.head))
+        for module, shape in method.geometry(layer, model.model.config, family).modules.items():
+            if module != "layer":
+                part = (module, 0 if experts and module == "mlp" else None)
+                solver.ladder(part, method, layer, statistics).at(rank(shape.full))
     return seconds
 
 

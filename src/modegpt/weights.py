@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .decompositions import norm_energy, rotate
+from .decompositions import couples, norm_energy, rotate
 from .layout import HeadShape, Map, Norm, linear, mlp_maps, norms, query_key_value, rotary_pairs
 from .modeling import Family
 
@@ -30,6 +30,8 @@ class MLPWeights:
     """Each (m,)."""
     output: torch.Tensor
     """W_D (m, d)."""
+    output_bias: torch.Tensor | None = None
+    """(d,)."""
 
     def select(self, kept: torch.Tensor, output: torch.Tensor) -> MLPWeights:
         """Only the channels ``kept`` (k,), with W_D' = ``output`` (k, d)."""
@@ -37,6 +39,7 @@ class MLPWeights:
             inputs=tuple(weight[:, kept] for weight in self.inputs),
             input_biases=tuple(None if bias is None else bias[kept] for bias in self.input_biases),
             output=output,
+            output_bias=self.output_bias,
         )
 
 
@@ -52,16 +55,32 @@ class NormWeights:
     joint: bool
     """Whether the sum goes over all heads."""
 
-    def select(self, channels: torch.Tensor, squares: torch.Tensor) -> NormWeights:
-        """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`."""
+    def select(self, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights:
+        """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`.
+
+        Without statistics those that stay stand for equally many of all.
+        """
         chosen = _select(self.energy, channels)
-        if self.joint:  # one head of all channels
+        if squares is None:
+            energy = torch.full_like(chosen, self.energy.shape[-1] / channels.shape[-1])
+        elif self.joint:  # one head of all channels
             every = torch.arange(self.weight.numel(), device=channels.device).view_as(self.weight)
             energy = norm_energy(squares, _select(every, channels).flatten())
         else:
             energy = norm_energy(squares, _select(_positions(self.weight), channels))
         bias = None if self.bias is None else _select(self.bias, channels)
         return replace(self, weight=_select(self.weight, channels), energy=energy.view_as(chosen), bias=bias)
+
+    def of_groups(self, kept: torch.Tensor, squares: torch.Tensor | None) -> NormWeights:
+        """Keep all channels of the key-value heads ``kept`` (n,); ``squares`` as for :meth:`select`."""
+        energy = self.energy[kept]
+        if self.joint and squares is not None:
+            every = torch.arange(self.weight.numel(), device=kept.device).view_as(self.weight)
+            energy = norm_energy(squares, every[kept].flatten()).view_as(energy)
+        elif self.joint:
+            energy = energy * (len(self.weight) / len(kept))
+        bias = None if self.bias is None else self.bias[kept]
+        return replace(self, weight=self.weight[kept], energy=energy, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,27 @@ class QueryKeyWeights:
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second channel of every rotary pair."""
         return rotary_pairs(self.rotary, self.neighbours, self.query.device)
+
+    def compact(self) -> tuple[QueryKeyWeights, torch.Tensor | None]:
+        """All channels in the order that the compressed model has them in, and the rotary pairs (G, h / 2) of all."""
+        if not self.rotary:
+            return self, None
+        first, second, pairs = couples(torch.zeros_like(self.key[:, 0]), self.rotary, self.neighbours)
+        return self.select(torch.cat((first, second), dim=-1), None, None), pairs
+
+    def of_groups(
+        self, kept: torch.Tensor, query_squares: torch.Tensor | None, key_squares: torch.Tensor | None
+    ) -> QueryKeyWeights:
+        """Keep the key-value heads ``kept`` (n,) with their queries; the rest as for :meth:`select`."""
+        return replace(
+            self,
+            query=self.query[kept],
+            key=self.key[kept],
+            query_bias=None if self.query_bias is None else self.query_bias[kept],
+            key_bias=None if self.key_bias is None else self.key_bias[kept],
+            query_norm=None if self.query_norm is None else self.query_norm.of_groups(kept, query_squares),
+            key_norm=None if self.key_norm is None else self.key_norm.of_groups(kept, key_squares),
+        )
 
     def turned(self, coefficients: torch.Tensor) -> QueryKeyWeights:
         """With queries whose pairs are rotated and scaled by ``coefficients`` (G, g, h): see :func:`rotate`."""
@@ -132,6 +172,33 @@ class ValueOutputWeights:
     output_bias: torch.Tensor | None
     """b_o + b_v W_o: (d,)."""
 
+    def select(self, channels: torch.Tensor) -> ValueOutputWeights:
+        """Keep the value ``channels`` (G, k) of every group."""
+        output = _select(self.output.mT, channels).mT
+        return replace(self, value=_select(self.value, channels), output=output)
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """All of attention: what decides where it looks, and what it takes from there."""
+
+    query_key: QueryKeyWeights
+    value_output: ValueOutputWeights
+
+    def select(
+        self,
+        kept: torch.Tensor,
+        output: torch.Tensor,
+        query_squares: torch.Tensor | None,
+        key_squares: torch.Tensor | None,
+    ) -> HeadWeights:
+        """Keep the key-value heads ``kept`` (n,), with W_o = ``output`` (n, g, h, d); the rest as for queries and keys.
+
+        What the values' biases put out stays, since it does not depend on the input.
+        """
+        value_output = replace(self.value_output, value=self.value_output.value[kept], output=output)
+        return HeadWeights(self.query_key.of_groups(kept, query_squares, key_squares), value_output)
+
 
 def _select(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     """The ``channels`` (G, k) of the last axis of x (G, ..., h)."""
@@ -140,10 +207,7 @@ def _select(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
 
 
 def _select_norm(norm: NormWeights | None, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights | None:
-    if norm is None:
-        return None
-    assert squares is not None
-    return norm.select(channels, squares)
+    return None if norm is None else norm.select(channels, squares)
 
 
 def _positions(x: torch.Tensor) -> torch.Tensor:
@@ -153,10 +217,12 @@ def _positions(x: torch.Tensor) -> torch.Tensor:
 def read_mlp(layer: nn.Module, family: Family, expert: int | None = None) -> MLPWeights:
     """Copy a stock layer's MLP, or one of its experts, into the common form."""
     inputs, output = mlp_maps(layer, family, expert)
+    bias = linear(layer, family.mlp_output)[1] if expert is None else None
     return MLPWeights(
         inputs=tuple(weight for weight, _ in inputs),
         input_biases=tuple(bias for _, bias in inputs),
         output=output.double(),
+        output_bias=None if bias is None else bias.double(),
     )
 
 
@@ -171,7 +237,7 @@ def mlp_tensors(mlp: MLPWeights, family: Family, expert: int | None = None) -> d
             f"{family.experts}.gate_up_proj[{expert}]": gate_up,
             f"{family.experts}.down_proj[{expert}]": mlp.output.T,
         }
-    tensors = {f"{family.mlp_output}.weight": mlp.output.T}
+    tensors = _named(family.mlp_output, mlp.output.T, mlp.output_bias)
     blocks = len(mlp.inputs) // len(family.mlp_inputs)
     for number, path in enumerate(family.mlp_inputs):
         parts = slice(number * blocks, (number + 1) * blocks)
@@ -252,6 +318,12 @@ def read_value_output(layer: nn.Module, family: Family, shape: HeadShape) -> Val
         carried = torch.einsum("gh,gnhd->d", value_bias, output)
         bias = carried if bias is None else bias + carried
     return ValueOutputWeights(value=value.permute(1, 0, 2), output=output, output_bias=bias)
+
+
+def head_tensors(heads: HeadWeights, family: Family) -> dict[str, torch.Tensor]:
+    """Compressed attention that has all channels of some heads, as in the compressed layer's state dict."""
+    query_key, pairs = heads.query_key.compact()
+    return query_key_tensors(query_key, pairs, family) | value_output_tensors(heads.value_output, family)
 
 
 def value_output_tensors(vo: ValueOutputWeights, family: Family) -> dict[str, torch.Tensor]:

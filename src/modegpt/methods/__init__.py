@@ -1,9 +1,29 @@
 """Compression methods by name. A new one is a subclass of :class:`Method` and a line here."""
 
 from .base import Allocation, Calibrated, Ladder, Method, Solution
+from .flap import FLAP
 from .greedy import Greedy
+from .magnitude import Magnitude
 from .modegpt import ModeGPT
+from .obc import OBC
+from .shortgpt import ShortGPT
+from .sleb import SLEB
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT)}
+_METHODS: tuple[type[Method], ...] = (Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
-__all__ = ["METHODS", "Allocation", "Calibrated", "Greedy", "Ladder", "Method", "ModeGPT", "Solution"]
+__all__ = [
+    "FLAP",
+    "METHODS",
+    "OBC",
+    "SLEB",
+    "Allocation",
+    "Calibrated",
+    "Greedy",
+    "Ladder",
+    "Magnitude",
+    "Method",
+    "ModeGPT",
+    "ShortGPT",
+    "Solution",
+]
