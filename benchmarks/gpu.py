@@ -148,7 +148,6 @@ def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     source = ModelSource(config.model)
     windows = read_texts(config, source.tokenizer()).calibration
-    assert windows is not None
     model = source.model(config.dtype, config.device)
     row["dense_decoder_seconds"] = round(forward_seconds(model.model, windows, config.device), 3)
     row["dense_forward_seconds"] = round(forward_seconds(model, windows, config.device), 3)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.pipeline import open_model
+from modegpt.address import open_model
 from results_file import RESULTS, header, table, write
 
 #: Tokens in a batch, padding included.
