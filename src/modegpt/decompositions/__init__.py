@@ -10,6 +10,7 @@ from .elimination import Elimination, greedy_elimination, refit, regularised
 from .experts import with_pseudo_tokens
 from .linalg import top_indices
 from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate
+from .low_rank import LowRank, activation_scales, break_even, low_rank, whitening
 from .norm import norm_energy
 from .nystrom import NystromDecomposition, nystrom_decomposition, ridge_leverage_scores
 from .svd import SVDDecomposition, balance, svd_decomposition
@@ -19,10 +20,13 @@ __all__ = [
     "CRDecomposition",
     "Elimination",
     "LogitLadder",
+    "LowRank",
     "NystromDecomposition",
     "SVDDecomposition",
     "ValueLadder",
+    "activation_scales",
     "balance",
+    "break_even",
     "channel_scores",
     "couples",
     "cr_decomposition",
@@ -31,6 +35,7 @@ __all__ = [
     "group_bases",
     "kept_coefficients",
     "logit_ladder",
+    "low_rank",
     "norm_energy",
     "nystrom_decomposition",
     "refit",
@@ -40,5 +45,6 @@ __all__ = [
     "svd_decomposition",
     "top_indices",
     "value_ladder",
+    "whitening",
     "with_pseudo_tokens",
 ]
