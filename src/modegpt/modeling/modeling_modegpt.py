@@ -1,6 +1,6 @@
 """A stock Transformers decoder with smaller modules inside: the runtime of a compressed model.
 
-This file and the family file beside it travel with every checkpoint (``auto_map``), so they import
+This file, that of the factors and the family file travel with every checkpoint (``auto_map``), so they import
 nothing but torch and Transformers. Nothing of the stock model is copied: the decoder, its norms, its
 masks, its rotary embedding and its head stay Transformers' own code. Only the linear maps become
 thinner, and attention learns that queries and keys may be narrower than, or as wide as, values.
@@ -26,6 +26,8 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.pytorch_utils import Conv1D
+
+from .modeling_factors import factorise
 
 #: What the ``model_type`` of a compressed model begins with.
 COMPRESSED = "modegpt_"
@@ -139,19 +141,23 @@ class LayerSizes:
     """Of the MLP, or of each expert."""
     qk_head_dim: int
     v_head_dim: int
+    factor_ranks: Mapping[str, int] | None = None
+    """Of the maps that are two thin ones, by the names of :func:`factor_stacks`; None where no layer has any."""
 
     @property
     def head_dim(self) -> int:
         """The one head size a kernel or serving engine needs when it cannot take two."""
         return max(self.qk_head_dim, self.v_head_dim)
 
-    def to_config(self) -> dict[str, int]:
+    def to_config(self) -> dict[str, Any]:
         """The entry of ``per_layer_config`` for this layer."""
+        factors = {} if self.factor_ranks is None else {"factor_ranks": dict(self.factor_ranks)}
         return {
             "intermediate_size": self.intermediate_size,
             "head_dim": self.head_dim,
             "qk_head_dim": self.qk_head_dim,
             "v_head_dim": self.v_head_dim,
+            **factors,
         }
 
 
@@ -162,13 +168,17 @@ def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
     """
     sizes = []
     for index, layer in enumerate(config.per_layer_config):
-        values: dict[str, int] = {}
-        for name in ("intermediate_size", "qk_head_dim", "v_head_dim"):
-            value = getattr(layer, name, None)
+        values: dict[str, Any] = {
+            name: getattr(layer, name, None) for name in ("intermediate_size", "qk_head_dim", "v_head_dim")
+        }
+        factors = getattr(layer, "factor_ranks", None)
+        if not isinstance(factors, dict | None):
+            raise ValueError(f"per_layer_config[{index}].factor_ranks is {factors!r}; expected ranks by name")
+        named = {f"factor_ranks[{name!r}]": rank for name, rank in (factors or {}).items()}
+        for name, value in (values | named).items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"per_layer_config[{index}].{name} is {value!r}; expected a positive integer")
-            values[name] = value
-        sizes.append(LayerSizes(**values))
+        sizes.append(LayerSizes(**values, factor_ranks=factors))
     return sizes
 
 
@@ -267,6 +277,8 @@ class CompactAttention(nn.Module):
         self.rope_head_dim = features(output)[0] // heads
         biased = output.bias is not None or value.bias is not None  # a value bias goes through to the output
         hidden = features(query)[0]
+        #: The first factor that queries and keys share, if they do.
+        self.shared_input: nn.Linear | None = None
         self.q_proj = _linear(query, hidden, heads * self.qk_head_dim, bias=query.bias is not None)
         self.k_proj = _linear(key, hidden, groups * self.qk_head_dim, bias=key.bias is not None)
         self.v_proj = _linear(value, hidden, groups * self.v_head_dim, bias=False)
@@ -293,8 +305,9 @@ class CompactAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, d) to (B, T, d), and the attention weights (B, H, T, S) where the implementation returns them."""
         shape = hidden_states.shape[:-1]  # (B, T)
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        shared = hidden_states if self.shared_input is None else self.shared_input(hidden_states)
+        query = self.q_proj(shared).view(*shape, -1, self.qk_head_dim)
+        key = self.k_proj(shared).view(*shape, -1, self.qk_head_dim)
         query, key = (x if norm is None else norm(x) for x, norm in ((query, self.q_norm), (key, self.k_norm)))
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, d_qk), (B, G, T, d_qk)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)  # (B, G, T, d_v)
@@ -385,7 +398,7 @@ def _linear(like: Any, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
 def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> None:
     """Replace the modules of a stock base model by ones of the widths ``config`` gives for each layer.
 
-    Raises ``ValueError`` naming the layer and field when a width is larger than the dense model's.
+    Raises ``ValueError`` naming the layer and field when a width or rank is larger than the dense model's.
     """
     layers: Any = base.get_submodule(family.layers)
     for index, (layer, sizes) in enumerate(zip(layers, layer_sizes(config), strict=True)):
@@ -403,6 +416,23 @@ def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> N
         attention_class = _attention_class(cast(Hashable, type(stock)))
         layer.set_submodule(family.attention, attention_class(stock, config, family, sizes))
         _shrink_mlp(layer, config, family, sizes.intermediate_size)
+        try:
+            factorise(layer, factor_stacks(family, dense_mlp=not has_experts(layer, family)), sizes.factor_ranks or {})
+        except ValueError as error:
+            raise ValueError(f"per_layer_config[{index}].factor_ranks: {error}") from error
+
+
+def factor_stacks(family: Family, *, dense_mlp: bool = True) -> dict[str, tuple[str, ...]]:
+    """The linear maps of a compressed layer that can be two thin ones, by name, and their paths in the layer.
+
+    Each one by itself; or queries with keys, and gate with up, which then share the first factor.
+    """
+    attention = [f"{family.attention}.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    mlp = [*family.mlp_inputs, family.mlp_output] if dense_mlp else []
+    stacks = [(path,) for path in (*attention, *mlp)] + [tuple(attention[:2])]
+    if dense_mlp and len(family.mlp_inputs) > 1:
+        stacks.append(family.mlp_inputs)
+    return {"+".join(path.rpartition(".")[2] for path in paths): paths for paths in stacks}
 
 
 def has_experts(layer: Any, family: Family) -> bool:
