@@ -126,8 +126,7 @@ def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> floa
         flops += 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
     if "query" in wanted:
         flops += 2.0 * (sizes.heads + sizes.groups) * h**2
-    if "attention_input" in wanted:
-        flops += _panel_flops(sizes.hidden)
+    flops += sum(_panel_flops(sizes.hidden) for name in ("attention_input", "mlp_input") if name in wanted)
     if "head_outputs" in wanted:
         flops += _panel_flops(sizes.heads * h)
     if "logits" in wanted:  # of some queries, all scores and the products of the features of some keys
@@ -150,6 +149,7 @@ def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
     elements = {
         "mlp": sizes.experts * sizes.intermediate**2,
         "attention_input": sizes.hidden**2,
+        "mlp_input": sizes.hidden**2,
         "query": sizes.heads * sizes.head**2,
         "key": sizes.groups * sizes.head**2,
         "head_outputs": (sizes.heads * sizes.head) ** 2,

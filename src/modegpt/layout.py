@@ -153,6 +153,34 @@ def mlp_maps(layer: nn.Module, family: Family, expert: int | None = None) -> tup
     return inputs, output
 
 
+@dataclass(frozen=True)
+class MapShape:
+    """A linear map of a layer as its compressed form stores it."""
+
+    path: str
+    inputs: int
+    outputs: int
+    parts: int = 1
+    """Maps that it holds: two where gate and up are one."""
+
+
+def map_shapes(
+    layer: nn.Module, config: PreTrainedConfig, family: Family
+) -> tuple[list[MapShape], list[MapShape], list[MapShape]]:
+    """Those of the MLP, the output map last; of queries and keys; of values and attention output. Not with experts."""
+    shape = HeadShape.of(layer, config, family)
+    query, output = (linear(layer, f"{family.attention}.{name}")[0] for name in (family.input_maps[0], family.output))
+    inputs, down = mlp_maps(layer, family)
+    hidden, parts = len(inputs[0][0]), len(inputs) // len(family.mlp_inputs)
+    mlp = [MapShape(path, hidden, parts * len(down), parts) for path in family.mlp_inputs]
+    heads, groups, attention = shape.heads * shape.head, shape.groups * shape.head, family.attention
+    return (
+        [*mlp, MapShape(family.mlp_output, *down.shape)],
+        [MapShape(f"{attention}.q_proj", len(query), heads), MapShape(f"{attention}.k_proj", len(query), groups)],
+        [MapShape(f"{attention}.v_proj", len(query), groups), MapShape(f"{attention}.o_proj", *output.shape)],
+    )
+
+
 def _experts(layer: nn.Module, family: Family) -> Any:
     assert family.experts is not None
     return layer.get_submodule(family.experts)

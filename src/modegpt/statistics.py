@@ -82,11 +82,12 @@ class GramSum:
 #:
 #: mlp              C = Z^T Z of the input of the MLP's output map: (m, m). Of E experts: (E, m, m), each over the
 #:                  tokens that are routed to it, times the router's weight, as the expert's output is
+#: mlp_input        C = X^T X of what enters the MLP's maps into the intermediate space: (d, d); not with experts
 #: attention_input  C = X^T X of the attention block's input, after its norm: (d, d)
 #: query, key       C_q and C_k of every head after the rotary embedding: (G, g, h, h) and (G, h, h)
 #: head_outputs     C = Z^T Z of what all heads put out, without the value bias: (H h, H h)
 #: logits           F, the covariance of the features of every head's logits: (G, g, h, h), see decompositions.logits
-Statistic = Literal["mlp", "attention_input", "query", "key", "head_outputs", "logits"]
+Statistic = Literal["mlp", "mlp_input", "attention_input", "query", "key", "head_outputs", "logits"]
 #: These are always gathered, where queries and keys are normed: U = sum of u^T u, u_i = n x_i^2 / sum_j x_j^2 for the n
 #: channels that go into a norm. Of queries (G, g, h, h) and keys (G, h, h), or, for norms over all heads,
 #: (H h, H h) and (G h, G h).
@@ -197,6 +198,8 @@ class StatisticsCollector:
             self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=device)
             self._logit_sums = [GramSum(out) for out in self._logits]
 
+        self._mlp_input = None if self._experts is not None else layer.get_submodule(family.mlp_inputs[0])
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Collect from every forward of the layer within this context."""
@@ -207,6 +210,9 @@ class StatisticsCollector:
             hooks.append(inputs.register_forward_pre_hook(self._input("attention_input")))
         if "head_outputs" in self._wanted:
             hooks.append(attention.get_submodule(family.output).register_forward_pre_hook(self._head_outputs))
+        if "mlp_input" in self._wanted:
+            assert self._mlp_input is not None
+            hooks.append(self._mlp_input.register_forward_pre_hook(self._input("mlp_input")))
         if self._experts is None:
             assert self._mlp_output is not None
             hooks.append(self._mlp_output.register_forward_pre_hook(self._input("mlp")))
