@@ -64,6 +64,10 @@ class CompressionConfig(BaseModel):
         1e-4,
         description="Ridge of the leverage scores (lambda) in units of the mean channel energy, hence scale-free.",
     )
+    joint_only: bool = Field(
+        False,
+        description="With 'joint-rank-k': leave the maps without a partner (values, attention output, down) whole.",
+    )
     samples: Annotated[int, Field(ge=1)] = Field(128, description="Number of calibration windows.")
     sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="Tokens in a window.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="Seed of every random choice.")

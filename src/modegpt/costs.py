@@ -204,6 +204,41 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
     return 10.0 * sizes.heads * h**2
 
 
+def _map_sizes(module: Module, sizes: Sizes) -> list[tuple[int, int]]:
+    """Inputs and outputs of the maps of a module."""
+    d, heads, groups = sizes.hidden, sizes.heads * sizes.head, sizes.groups * sizes.head
+    inner = sizes.intermediate
+    return {"mlp": [*[(d, inner)] * sizes.gates, (inner, d)], "qk": [(d, heads), (d, groups)]}.get(
+        module, [(d, groups), (heads, d)]
+    )
+
+
+def truncation_flops(module: Module, sizes: Sizes) -> float:
+    """Operations to truncate the singular value decompositions of a module's maps, whitened.
+
+    Of a p x q matrix, q <= p, 6 p q^2 + 20 q^3 (Golub and Van Loan's count for both sets of vectors); the Cholesky
+    factor of its inputs' correlation, and products with it before and after.
+    """
+    flops = 0.0
+    for inputs, outputs in _map_sizes(module, sizes):
+        p, q = max(inputs, outputs), min(inputs, outputs)
+        flops += 6.0 * p * q**2 + 20.0 * q**3 + inputs**3 / 3 + 2.0 * inputs**2 * outputs + inputs**2 * q
+    return flops
+
+
+def truncation_bytes(sizes: Sizes) -> int:
+    """What truncating all maps of a layer holds at once, in float64.
+
+    The maps of the module at work and those of others that are kept, the factors found so far, and of the largest map:
+    its weighted copy, the routine's, both sets of vectors with its workspace, and the root of its correlation.
+    """
+    modules: tuple[Module, ...] = ("mlp", "qk", "vo")
+    maps = [one for module in modules for one in _map_sizes(module, sizes)]
+    whole = sum(inputs * outputs for inputs, outputs in maps)
+    p, q = max((max(one), min(one)) for one in maps)
+    return 8 * (2 * whole + 4 * p * q + 5 * q**2 + 2 * p**2)
+
+
 def spread(costs: Mapping[_K, float], workers: int) -> dict[_K, int]:
     """Give each task to the worker with the least to do so far, the costliest first; ties go to the lower rank."""
     load = [0.0] * workers

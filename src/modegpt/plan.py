@@ -25,14 +25,11 @@ from .budget import average_sparsity
 from .config import RunConfig
 from .costs import (
     Sizes,
-    elimination_bytes,
     forward_bytes,
     forward_flops,
     gram_flops,
     head_flops,
     resized,
-    solve_bytes,
-    solve_flops,
     statistics_bytes,
 )
 from .data import SELF, TokenWindows
@@ -42,7 +39,7 @@ from .files import existing_parent
 from .journal import left_behind
 from .layered import LayeredModel, resident
 from .layout import HeadShape, expert_count
-from .methods import METHODS, Greedy
+from .methods import METHODS
 from .parallel import Workers, processes, processes_here
 from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
 from .runner import HEAD_POSITIONS, LayerRunner
@@ -280,9 +277,8 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
     kept = 1 - config.ratio if config.allocation == "uniform" else 1 - config.ratio / 2
-    solve = statistics + solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
-    if config.method == Greedy.name:
-        solve = max(solve, statistics + elimination_bytes(shape.sizes))
+    method = METHODS[config.method].from_config(config)
+    solve = statistics + method.solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     logits = 0
     if config.evaluate != "none":
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
@@ -340,8 +336,9 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     evaluated = 0 if config.evaluate == "none" else _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
-    parts = {module: sizes.experts if module == "mlp" else 1 for module in METHODS[config.method].modules}
-    solve = sizes.layers * sum(count * solve_flops(module, sizes, kept) for module, count in parts.items())
+    method = METHODS[config.method].from_config(config)
+    parts = {module: sizes.experts if module == "mlp" else 1 for module in method.modules}
+    solve = sizes.layers * sum(count * method.solve_flops(module, sizes, kept) for module, count in parts.items())
     head = 2 * head_flops(sizes.hidden, shape.vocabulary)
 
     def phase(name: str, **flops: float) -> PhasePlan:
@@ -374,6 +371,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
     on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
     sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
     window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - config.ratio
+    method = METHODS[config.method].from_config(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
@@ -385,7 +383,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
         gram=window
         * gram_flops(sizes, METHODS[config.method].statistics, window)
         / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
-        solve=sum(solve_flops(module, sizes, kept) for module in METHODS[config.method].modules) / seconds["solve"],
+        solve=sum(method.solve_flops(module, sizes, kept) for module in method.modules) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
     )
 

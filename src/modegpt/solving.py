@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from .budget import LayerGeometry, LayerRanks, Module
-from .costs import Sizes, solve_flops, spread
+from .costs import Sizes, spread
 from .decompositions import with_pseudo_tokens
 from .layered import LayeredModel
-from .layout import HeadShape, expert_count
+from .layout import HeadShape, expert_count, map_paths
 from .methods import Ladder, Method, Solution
 from .modeling import Family
 from .parallel import Workers
@@ -31,6 +31,7 @@ from .weights import (
     read_value_output,
     stack_experts,
     value_output_tensors,
+    with_factors,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -38,6 +39,8 @@ Tensors = dict[str, torch.Tensor]
 Part = tuple[Module, int | None]
 _SEEDED: tuple[Module, ...] = get_args(Module)
 _EXPERT_SEED = 1_000_003
+#: What is taken to be kept when the parts of a layer are shared out before ranks are looked at.
+_KEPT = 0.7
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class LayerSolver:
     ) -> LayerLadders:
         """What ``method`` finds for layer ``index``; ``statistics`` is not needed afterwards but by the ladders."""
         parts = _parts(layer, self._family, method.modules)
-        owners = spread({part: solve_flops(part[0], self._sizes) for part in parts}, self._workers.size)
+        costs = {part: method.solve_flops(part[0], self._sizes, _KEPT) for part in parts}
+        owners = spread(costs, self._workers.size)
 
         def seeded(part: Part) -> None:
             # What a method draws depends on the place alone, not on how far this process has come.
@@ -107,7 +111,7 @@ class LayerSolver:
             for part, ladder in ladders.own.items():
                 ladders.seeded(part)
                 solution = ladder.at(rank[part[0]])
-                solved[part] = self._tensors(part, solution.weights, solution.pairs), Outcome.of(solution)
+                solved[part] = self._tensors(part, solution), Outcome.of(solution)
         state: Tensors = {}
         geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
         outcomes: dict[Module, list[Outcome]] = {module: [] for module in geometry}
@@ -149,14 +153,16 @@ class LayerSolver:
             statistics = _for_expert(statistics, expert, weights)
         return method.mlp(weights, statistics)
 
-    def _tensors(self, part: Part, weights: Any, pairs: torch.Tensor | None) -> Tensors:
-        """A part's compressed ``weights`` as in the compressed layer's state dict."""
-        module, expert = part
+    def _tensors(self, part: Part, solution: Solution[Any]) -> Tensors:
+        """A part's compressed weights as in the compressed layer's state dict."""
+        (module, expert), weights, family = part, solution.weights, self._family
         if module == "mlp":
-            return mlp_tensors(weights, self._family, expert)
-        if module == "qk":
-            return query_key_tensors(weights, pairs, self._family)
-        return value_output_tensors(weights, self._family)
+            tensors = mlp_tensors(weights, family, expert)
+        elif module == "qk":
+            tensors = query_key_tensors(weights, solution.pairs, family)
+        else:
+            tensors = value_output_tensors(weights, family)
+        return with_factors(tensors, solution.factors, map_paths(family, module)) if solution.factors else tensors
 
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self._dense.model.config, self._family)

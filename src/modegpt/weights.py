@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .decompositions import norm_energy, rotate
+from .decompositions import couples, norm_energy, rotate
 from .layout import HeadShape, Map, Norm, linear, mlp_maps, norms, query_key_value, rotary_pairs
 from .modeling import Family
 
@@ -62,10 +62,15 @@ class NormWeights:
     joint: bool
     """Whether the sum goes over all heads."""
 
-    def select(self, channels: torch.Tensor, squares: torch.Tensor) -> NormWeights:
-        """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`."""
-        chosen = _select(self.energy, channels)
-        if self.joint:  # one head of all channels
+    def select(self, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights:
+        """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`.
+
+        They are not needed where all channels are kept, in another order.
+        """
+        energy = chosen = _select(self.energy, channels)
+        if squares is None:
+            assert chosen.shape == self.energy.shape
+        elif self.joint:  # one head of all channels
             every = torch.arange(self.weight.numel(), device=channels.device).view_as(self.weight)
             energy = norm_energy(squares, _select(every, channels).flatten())
         else:
@@ -105,6 +110,13 @@ class QueryKeyWeights:
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second channel of every rotary pair."""
         return rotary_pairs(self.rotary, self.neighbours, self.query.device)
+
+    def in_pairs(self) -> tuple[QueryKeyWeights, torch.Tensor | None]:
+        """All channels in the order in which a compressed layer has them, and their rotary pairs (G, r)."""
+        if not self.rotary:
+            return self, None
+        first, second, pairs = couples(torch.zeros_like(self.key[:, 0]), self.rotary, self.neighbours)
+        return self.select(torch.cat((first, second), dim=-1), None, None), pairs
 
     def turned(self, coefficients: torch.Tensor) -> QueryKeyWeights:
         """With queries whose pairs are rotated and scaled by ``coefficients`` (G, g, h): see :func:`rotate`."""
@@ -170,10 +182,7 @@ def _select(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
 
 
 def _select_norm(norm: NormWeights | None, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights | None:
-    if norm is None:
-        return None
-    assert squares is not None
-    return norm.select(channels, squares)
+    return None if norm is None else norm.select(channels, squares)
 
 
 def _positions(x: torch.Tensor) -> torch.Tensor:

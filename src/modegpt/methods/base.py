@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .. import costs
 from ..budget import MODULES, LayerGeometry, Module, layer_geometry
 from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
-from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from ..weights import Factors, MLPWeights, QueryKeyWeights, ValueOutputWeights
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
@@ -44,6 +45,8 @@ class Solution(Generic[Weights]):
     """Kept channels, (m',) or of every group (G, d_qk), where the method selects; None where it mixes."""
     pairs: torch.Tensor | None = None
     """Their rotary pairs (G, r), see :func:`modegpt.decompositions.couples`; None without rotary embedding."""
+    factors: tuple[Factors, ...] = ()
+    """What takes the place of some of the maps in ``weights``."""
 
     @property
     def relative_error(self) -> float:
@@ -98,6 +101,14 @@ class Method(ABC):
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """The parameters of a stock decoder ``layer`` (which may be on the meta device) by the method's modules."""
         return layer_geometry(layer, config, family)
+
+    def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
+        """Operations to solve one ``module`` (or one expert) of a layer, keeping the share ``kept``."""
+        return costs.solve_flops(module, sizes, kept)
+
+    def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
+        """What solving a layer calibrated on so many ``tokens`` holds at once besides the statistics and the layer."""
+        return costs.solve_bytes(sizes, tokens, kept)
 
     @abstractmethod
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:

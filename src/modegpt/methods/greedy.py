@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import costs
 from ..decompositions import (
     ValueLadder,
     balance,
@@ -53,6 +54,10 @@ class Greedy(Method):
     def from_config(cls, config: CompressionConfig) -> Greedy:
         """With the ridge that ``config`` gives."""
         return cls(config.ridge)
+
+    def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
+        """The elimination of the MLP's channels, or the fit of those that stay."""
+        return max(super().solve_bytes(sizes, tokens, kept), costs.elimination_bytes(sizes))
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""

@@ -25,6 +25,7 @@ from .modeling_modegpt import (
     is_joint,
     layer_sizes,
     norm_parts,
+    stack_name,
     stock_config,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "norm_parts",
     "recognise",
     "register",
+    "stack_name",
     "stock_config",
 ]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, cast
@@ -432,7 +432,12 @@ def factor_stacks(family: Family, *, dense_mlp: bool = True) -> dict[str, tuple[
     stacks = [(path,) for path in (*attention, *mlp)] + [tuple(attention[:2])]
     if dense_mlp and len(family.mlp_inputs) > 1:
         stacks.append(family.mlp_inputs)
-    return {"+".join(path.rpartition(".")[2] for path in paths): paths for paths in stacks}
+    return {stack_name(paths): paths for paths in stacks}
+
+
+def stack_name(paths: Sequence[str]) -> str:
+    """What maps with these ``paths`` in a layer are called where they are factorised together."""
+    return "+".join(path.rpartition(".")[2] for path in paths)
 
 
 def has_experts(layer: Any, family: Family) -> bool:
