@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import CompressionConfig
+from .config import NONE, CompressionConfig
 from .data import (
     SELF,
     TokenWindows,
@@ -24,7 +24,8 @@ from .data import (
 )
 from .engine import compress_model
 from .errors import InvalidRequest
-from .families import check_model
+from .families import check_model, model_geometry
+from .methods import METHODS
 from .profile import probe_windows
 from .progress import Progress
 from .report import TextFacts, build_report
@@ -46,8 +47,9 @@ def compress(
 
     ``calibration`` is a data set's name (``wikitext2``, ``ptb``, ``alpaca``), the path of a text file, ``self`` for
     text sampled from the model, a list of texts, token ids (N, T) int64, or :class:`TokenWindows` where windows are
-    padded. ``options`` are the fields of :class:`CompressionConfig`: method, allocation, temperature, modules,
-    statistics, align, ridge, samples, sequence_length, seed, batch_size. Only text needs a ``tokenizer``.
+    padded; it is not read where method and allocation use no text. ``options`` are the fields of
+    :class:`CompressionConfig`: method, allocation, temperature, modules, layers, ratio_of, statistics, align, ridge,
+    joint_only, samples, sequence_length, seed, batch_size. Only text needs a ``tokenizer``.
 
     Returns a new model of the compressed class; it generates, trains and saves like any other, and carries its
     :class:`CompressionReport` as ``compression_report``. ``model`` is left as it is and shares nothing with it.
@@ -57,14 +59,19 @@ def compress(
     """
     config = CompressionConfig.validated(ratio=ratio, **options)
     check_model(model)
+    config.chosen_layers(model.config.num_hidden_layers)
+    model_geometry(model, METHODS[config.method].from_config(config).geometry)  # refuses what the method cannot do
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-    windows, probe, source = _windows(model, tokenizer, calibration, config)
-    highest = int(windows.ids.max())
-    if highest >= model.config.vocab_size or int(windows.ids.min()) < 0:
-        raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")
-    check_length(windows.ids.shape[1], model.config)
-    config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
+    windows, probe, source = None, None, NONE
+    if config.calibrates:
+        windows, probe, source = _windows(model, tokenizer, calibration, config)
+    if windows is not None:
+        highest = int(windows.ids.max())
+        if highest >= model.config.vocab_size or int(windows.ids.min()) < 0:
+            raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")
+        check_length(windows.ids.shape[1], model.config)
+        config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
     result = compress_model(model, windows, config, progress, probe=probe)
     settings = ", ".join(f"{name}={value!r}" for name, value in {"ratio": ratio, **options}.items())
     command = f"modegpt.compress(model, tokenizer, calibration={source!r}, {settings})"

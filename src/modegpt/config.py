@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
-from .budget import Module
+from .budget import Base, LayerGeometry, Module
 from .errors import InvalidRequest
 from .methods import METHODS, Allocation, Calibrated, Method
 from .sources import Dtype, usable_device
+
+#: In place of a text: a part of the calibration text, and no text.
+HELD_OUT, NONE = "held-out", "none"
 
 
 def _of_method(value: Callable[[type[Method]], Any]) -> Callable[[Mapping[str, Any]], Any]:
     """A default that the method decides, which is validated before; any will do where that was refused."""
     return lambda given: value(METHODS[given.get("method", "modegpt")])
+
+
+def _needs_text(method: str, allocation: str) -> bool:
+    return bool(METHODS[method].statistics) or allocation != "uniform"
+
+
+def _text(given: Mapping[str, Any]) -> str:
+    """The default calibration text: none where it would not be read."""
+    known = "method" in given and "allocation" in given
+    return "wikitext2" if not known or _needs_text(given["method"], given["allocation"]) else NONE
+
+
+def _ranges(layers: str) -> list[tuple[int, int]]:
+    """The first and the last layer of every range in ``layers``; none for all."""
+    parts = [] if layers == "all" else [part.split("-") for part in layers.split(",")]
+    return [(int(part[0]), int(part[-1])) for part in parts]
 
 
 class CompressionConfig(BaseModel):
@@ -28,6 +48,14 @@ class CompressionConfig(BaseModel):
     ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
         description="Share of the decoder blocks' parameters to remove, between 0 and 1. "
         "Embeddings and head are never touched."
+    )
+    ratio_of: Literal["blocks", "touched"] = Field(
+        "blocks",
+        description="What the ratio is of: 'blocks', all parameters of the decoder blocks, or 'touched', only what the "
+        "method can remove from the chosen modules and layers.",
+    )
+    layers: str = Field(
+        "all", description="Layers to compress, counted from 0, such as 2-29 or 0,4-7; the others stay whole."
     )
     method: str = Field(
         "modegpt",
@@ -82,6 +110,22 @@ class CompressionConfig(BaseModel):
             raise ValueError(f"unknown method; use one of {', '.join(METHODS)}")
         return value
 
+    @field_validator("layers")
+    @classmethod
+    def _layer_ranges(cls, value: str) -> str:
+        if value != "all" and not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", value):
+            raise ValueError("use 'all' or numbers and ranges such as 2-29 or 0,4-7")
+        if any(first > last for first, last in _ranges(value)):
+            raise ValueError("a range ends before it begins")
+        return value
+
+    @field_validator("joint_only")
+    @classmethod
+    def _joint_method(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("method") != "joint-rank-k":
+            raise ValueError("only --method joint-rank-k has it")
+        return value
+
     @field_validator("modules", mode="before")
     @classmethod
     def _split_modules(cls, value: object, info: ValidationInfo) -> object:
@@ -96,6 +140,24 @@ class CompressionConfig(BaseModel):
                 raise ValueError(f"unknown module {', '.join(map(repr, unknown)) or '(none)'}; use {', '.join(known)}")
             return tuple(module for module in known if module in value)
         return value
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is learnt from text."""
+        return _needs_text(self.method, self.allocation)
+
+    def chosen_layers(self, count: int) -> list[int]:
+        """Which of ``count`` layers are compressed; raises :class:`InvalidRequest` for others."""
+        chosen = {index for first, last in _ranges(self.layers) for index in range(first, last + 1)}
+        if chosen and max(chosen) >= count:
+            raise InvalidRequest(f"--layers {self.layers}: MODEL has layers 0 to {count - 1}")
+        return sorted(chosen) if chosen else list(range(count))
+
+    def base(self, layers: Sequence[LayerGeometry]) -> Base:
+        """What the ratio is of, in a model of these ``layers``."""
+        if self.ratio_of == "blocks":
+            return Base.blocks(layers)
+        return Base.touched([layers[index] for index in self.chosen_layers(len(layers))], self.modules)
 
     def settings(self) -> dict[str, Any]:
         """The options that the result depends on."""
@@ -121,14 +183,16 @@ class RunConfig(CompressionConfig):
     model: str = Field(description="A hub id, a local Hugging Face directory, or a .gguf file (which is dequantised).")
     output: Path = Field(description="Directory for the compressed checkpoint.")
     calibration: str = Field(
-        "wikitext2",
+        default_factory=_text,
         description="Calibration text: 'wikitext2', 'ptb' or 'alpaca' from the hub; a .txt, .txt.gz, .jsonl or "
-        ".parquet file; or 'self', text sampled from the model.",
+        ".parquet file; 'self', text sampled from the model; or 'none' with a method and an allocation that use no "
+        "text. By default 'none' with these, else 'wikitext2'.",
     )
     evaluate: str = Field(
-        "held-out",
+        default_factory=lambda given: NONE if given.get("calibration") == NONE else HELD_OUT,
         description="Text for perplexity before and after: 'held-out' (the data set's test split, or the last tenth "
-        "of a file, never calibrated on), another data set or file, or 'none'.",
+        "of a file, never calibrated on), another data set or file, or 'none'. By default 'held-out', but 'none' "
+        "without calibration text.",
     )
     evaluation_samples: Annotated[int, Field(ge=1)] = Field(8, description="Windows to evaluate on, from the start.")
     dtype: Dtype = Field(
@@ -160,6 +224,20 @@ class RunConfig(CompressionConfig):
             raise ValueError("not valid Unicode; the report could not hold it") from None
         if too_long:
             raise ValueError("too long for a name")
+        return value
+
+    @field_validator("calibration")
+    @classmethod
+    def _calibrated_if_needed(cls, value: str, info: ValidationInfo) -> str:
+        if value == NONE and _text(info.data) != NONE:
+            raise ValueError("--method and --allocation need text to calibrate on")
+        return value
+
+    @field_validator("evaluate")
+    @classmethod
+    def _held_out_of_something(cls, value: str, info: ValidationInfo) -> str:
+        if value == HELD_OUT and info.data.get("calibration") == NONE:
+            raise ValueError("there is no calibration text to hold a part of; name a text, or 'none'")
         return value
 
     @field_validator("device")

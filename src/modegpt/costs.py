@@ -121,8 +121,10 @@ def forward_flops(sizes: Sizes, window: int, kept: float = 1.0) -> float:
 def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> float:
     """Operations to add one token of a ``window`` to a layer's statistics (see :class:`modegpt.statistics.GramSum`)."""
     h = sizes.head
-    flops = 2.0 * sizes.normed + sizes.routed * _panel_flops(sizes.intermediate)
-    if sizes.experts > 1:  # what goes into the experts' output maps is computed once more
+    flops = 2.0 * sizes.normed
+    if "mlp" in wanted:
+        flops += sizes.routed * _panel_flops(sizes.intermediate)
+    if "mlp" in wanted and sizes.experts > 1:  # what goes into the experts' output maps is computed once more
         flops += 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
     if "query" in wanted:
         flops += 2.0 * (sizes.heads + sizes.groups) * h**2

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
-from .allocation import allocate
-from .budget import LayerGeometry, LayerRanks, Module, average_sparsity, ranks_from_losses, ranks_from_sparsity, whole
+from .budget import LayerGeometry, LayerRanks, Module, whole
+from .choosing import average, choose
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
@@ -33,7 +33,7 @@ from .layered import LayeredModel, place, resident
 from .layout import HeadShape
 from .methods import METHODS, Method
 from .parallel import Workers
-from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler, chosen_divergence
+from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import Capture, LayerRunner
@@ -61,14 +61,15 @@ class Compression:
 
 def compress_model(
     model: PreTrainedModel,
-    windows: TokenWindows,
+    windows: TokenWindows | None,
     config: CompressionConfig,
     progress: Progress | None = None,
     probe: TokenWindows | None = None,
 ) -> Compression:
     """Compress a stock causal language model with calibration ``windows``; the model itself is not changed.
 
-    ``probe`` are the windows that sensitivities are measured on, as :class:`Engine` takes them.
+    They can be None where ``config`` calibrates nothing. ``probe`` are the windows that sensitivities are measured on,
+    as :class:`Engine` takes them.
     """
     engine = Engine(resident(model), windows, config.batch_size, probe=probe, progress=progress)
     with engine.active():
@@ -81,12 +82,13 @@ class Engine:
     ``workers`` share the windows and the solving. With a ``journal`` (the first worker's), finished layers go to
     disk and out of memory, and those already there are not done again; hidden states go where it says. Sensitivities
     are measured on the ``probe`` windows, best others than those that calibrate: the first of these where not given.
+    Without ``windows`` it does what needs no text.
     """
 
     def __init__(
         self,
         dense: LayeredModel,
-        windows: TokenWindows,
+        windows: TokenWindows | None,
         batch_size: int,
         *,
         probe: TokenWindows | None = None,
@@ -103,8 +105,9 @@ class Engine:
         self._states = self.workers.tell(journal.states if journal else None)
         self._batch_size = batch_size
         self._attention = "eager" if is_capped(dense.model) else dense.model.config._attn_implementation
-        self.batches = self.own_batches(windows)
-        self.probe = (windows if probe is None else probe).pieces(PROBE_TOKENS, PROBE_LENGTH)
+        self.batches = [] if windows is None else self.own_batches(windows)
+        probed = windows if probe is None else probe
+        self.probe = None if probed is None else probed.pieces(PROBE_TOKENS, PROBE_LENGTH)
         self.runner = LayerRunner(dense, self.batches, self.workers)
 
     def geometry(self, method: Method) -> list[LayerGeometry]:
@@ -143,39 +146,12 @@ class Engine:
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
         geometry = self.geometry(METHODS[config.method].from_config(config))
-        average = average_sparsity(geometry, config.modules, config.ratio, config.align)
+        average(config, geometry)  # refuses what is out of reach
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
-            losses = [{module: one.losses() for module, one in layer.items()} for layer in profile]
-            ranks = ranks_from_losses(geometry, losses, config.ratio, config.align)
-            removed = [
-                {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
-                for layer, rank in zip(geometry, ranks, strict=True)
-            ]
-            return Choice(ranks, removed, divergence=chosen_divergence(profile, ranks))
-        if config.allocation == "uniform":
-            uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
-            return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)
-
-        influence = influence or self.block_influence()
-        # Which of a layer's three scores speaks for which modules.
-        split = config.allocation == "block-influence-split"
-        slots = [(2 if module == "mlp" else 1) if split else 0 for module in config.modules]
-        chosen = [
-            (slot, [module for module, own in zip(config.modules, slots, strict=True) if own == slot])
-            for slot in sorted(set(slots))
-        ]
-        scores = [[row[slot] for slot, _ in chosen] for row in influence]
-        weights = [sum(layer.modules[module].parameters for module in part) for layer in geometry for _, part in chosen]
-
-        temperature = None if config.temperature == "auto" else config.temperature
-        shares, temperature = allocate([score for row in scores for score in row], weights, average, temperature)
-        remaining = iter(shares)
-        sparsity = [
-            {module: share for (_, part), share in zip(chosen, remaining, strict=False) for module in part}
-            for _ in geometry
-        ]
-        return Choice(ranks_from_sparsity(geometry, sparsity, config.align), sparsity, scores, temperature)
+        elif config.allocation != "uniform":
+            influence = influence or self.block_influence()
+        return choose(config, geometry, influence=influence, profile=profile)
 
     def profile(self, config: CompressionConfig) -> Profile:
         """What compressing each module alone costs, see :class:`modegpt.profile.Profiler`."""
@@ -183,6 +159,7 @@ class Engine:
         if known is not None:
             return known
         method = METHODS[config.method].from_config(config)
+        assert self.probe is not None
         profile = Profiler(self, method, config.modules, self.probe).run(config.seed)
         if self._journal:
             self._journal.keep_profile(profile)
@@ -251,7 +228,8 @@ class Engine:
         results: dict[int, LayerResult] = dict(done)
         with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
-                needed = bool(open_layers) and start <= index < open_layers[-1]  # the outputs, by a later layer
+                # The outputs, by a later layer.
+                needed = bool(method.statistics and open_layers) and start <= index < open_layers[-1]
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if index not in done:
                     self.progress.detail("reading the layer")
@@ -314,6 +292,8 @@ class Engine:
         self, index: int, layer: nn.Module, hidden: Activations, wanted: Collection[Statistic], *, keep: bool
     ) -> LayerStatistics:
         """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
+        if not wanted and not keep:
+            return LayerStatistics({})
         self.progress.detail("calibrating")
         collector = StatisticsCollector(layer, self.family.description, self._heads(layer), wanted)
         with collector.attached():

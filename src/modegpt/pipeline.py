@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint import check_output, load, publish, published
-from .config import RunConfig
+from .config import HELD_OUT, NONE, RunConfig
 from .data import (
     HUB_DATASETS,
     SELF,
@@ -52,8 +52,6 @@ from .report import (
     versions,
 )
 from .sources import Dtype, ModelSource, check_vocabulary, usable_device
-
-HELD_OUT, NONE = "held-out", "none"
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,8 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     finished = published(config.output) and not config.restart
     if not finished:
         check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *texts_read])
-    check_source(config.calibration, option="--calibration", allow_self=True)
+    if config.calibration != NONE:
+        check_source(config.calibration, option="--calibration", allow_self=True)
     if config.evaluate not in (HELD_OUT, NONE):
         check_source(config.evaluate, option="--evaluate")
     if len(texts_read) == 2 and Path(config.evaluate).samefile(config.calibration):
@@ -117,7 +116,7 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
         )
     batches = math.ceil(config.samples / config.batch_size)
     count = processes(config.devices, config.device)
-    if count > batches:
+    if config.calibrates and count > batches:
         raise InvalidRequest(
             f"--devices {count}: there are {batches} batches to share; use fewer processes, more "
             "--samples or a smaller --batch-size"
@@ -143,7 +142,8 @@ def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedCo
     source = ModelSource(config.model, config.trust_remote_code)
     model_config = source.config()
     check_family(model_config)
-    check_length(config.sequence_length, model_config)
+    if config.calibrates or config.evaluate != NONE:
+        check_length(config.sequence_length, model_config)
     return model_config, *make_plan(config, source, model_config, timed=timed)
 
 
@@ -249,7 +249,8 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     held_out: torch.Tensor | None = None
     calibration: TokenWindows | None = None
     probe: TokenWindows | None = None
-    if config.calibration != SELF:
+    reads = config.calibrates or config.evaluate == HELD_OUT
+    if config.calibration not in (SELF, NONE) and reads:
         ids = tokenize(tokenizer, read_text(config.calibration))
         reserved = 0
         if config.evaluate == HELD_OUT and config.calibration in HUB_DATASETS:
@@ -257,7 +258,10 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
         elif config.evaluate == HELD_OUT:
             ids, held_out = split_held_out(ids, length)
             reserved = len(held_out)
-        calibration = random_windows(ids, config.samples, length, config.seed, what=calibration_what, reserved=reserved)
+        if config.calibrates:
+            calibration = random_windows(
+                ids, config.samples, length, config.seed, what=calibration_what, reserved=reserved
+            )
         if config.allocation == "sensitivity":
             probe = other_windows(ids, probe_windows(length), length, config.seed, but=config.samples)
     if config.evaluate not in (HELD_OUT, NONE):
@@ -270,26 +274,27 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
 
 def _sampled(
     request: Request, texts: Texts, journal: Journal | None, crew: Workers, progress: Progress
-) -> tuple[TokenWindows, TokenWindows | None]:
+) -> tuple[TokenWindows | None, TokenWindows | None]:
     """Calibration and evaluation windows; for ``self``, sampled from the model, where not yet done."""
-    if texts.calibration is not None:
-        return texts.calibration, texts.evaluation
     config = request.config
     extra = config.evaluation_samples if config.evaluate == HELD_OUT else 0
+    count = config.samples if config.calibrates else 0
+    if config.calibration != SELF or not count + extra:
+        return texts.calibration, texts.evaluation
     windows = journal.windows() if journal else None
     if crew.first and windows is None:
         with progress.phase("sample"):
             model = request.source.model(config.dtype, config.device)
             start = start_token(request.tokenizer)
-            windows = sample_from_model(model, start, config.samples + extra, config.sequence_length, config.seed)
+            windows = sample_from_model(model, start, count + extra, config.sequence_length, config.seed)
             del model
         assert journal is not None
         journal.keep_windows(windows)
     ids = crew.tell(None if windows is None else windows.ids)
     assert ids is not None
-    calibration = TokenWindows(ids[: config.samples].contiguous())
+    calibration = TokenWindows(ids[:count].contiguous()) if count else None
     # Those held out were sampled after the others.
-    return calibration, TokenWindows(ids[config.samples :].contiguous()) if extra else texts.evaluation
+    return calibration, TokenWindows(ids[count:].contiguous()) if extra else texts.evaluation
 
 
 def _perplexities(

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
-from .budget import average_sparsity
-from .config import RunConfig
+from .choosing import average
+from .config import HELD_OUT, NONE, RunConfig
 from .costs import (
     Sizes,
     forward_bytes,
@@ -162,7 +162,7 @@ def make_plan(
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    average_sparsity(geometry, config.modules, config.ratio, config.align)
+    average(config, geometry)  # refuses what is out of reach
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
@@ -259,7 +259,7 @@ def _larger(one: list[Part], other: list[Part]) -> list[Part]:
 
 def _sampling(config: RunConfig, shape: Shape) -> list[Part]:
     """What is held while text is sampled from the model: all of it, beside what is read for the layer loop."""
-    if config.calibration != SELF:
+    if config.calibration != SELF or not (config.calibrates or config.evaluate == HELD_OUT):
         return []
     whole = shape.rest * shape.item + shape.layers
     return [Part(name="whole model", bytes=whole), Part(name="embeddings and head", bytes=shape.rest * shape.item)]
@@ -280,7 +280,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     method = METHODS[config.method].from_config(config)
     solve = statistics + method.solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     logits = 0
-    if config.evaluate != "none":
+    if config.evaluate != NONE:
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
     return [
         Part(name="embeddings and head", bytes=shape.rest * shape.item),
@@ -298,8 +298,8 @@ def _disk(config: RunConfig, shape: Shape) -> list[Part]:
 
 def _states(config: RunConfig, shape: Shape) -> int:
     """Bytes of the hidden states of the process with most of them: of the calibration, or later of the evaluation."""
-    evaluated = 0 if config.evaluate == "none" else config.evaluation_samples
-    windows = _share(config, max(config.samples, evaluated))
+    evaluated = 0 if config.evaluate == NONE else config.evaluation_samples
+    windows = _share(config, max(config.samples if config.calibrates else 0, evaluated))
     return windows * config.sequence_length * shape.sizes.hidden * shape.item
 
 
@@ -333,7 +333,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     sizes, kept = shape.sizes, 1 - config.ratio
     window = config.sequence_length
     tokens = _share(config, config.samples) * window
-    evaluated = 0 if config.evaluate == "none" else _share(config, config.evaluation_samples) * window
+    evaluated = 0 if config.evaluate == NONE else _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
     method = METHODS[config.method].from_config(config)
@@ -342,7 +342,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     head = 2 * head_flops(sizes.hidden, shape.vocabulary)
 
     def phase(name: str, **flops: float) -> PhasePlan:
-        seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items())
+        seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items() if count)
         return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
 
     gram = tokens * sizes.layers * gram_flops(sizes, METHODS[config.method].statistics, window)
@@ -350,14 +350,15 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     if config.allocation == "sensitivity":
         # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
-        forward = tokens * dense + probe * dense * streams / 2
+        forward = (tokens * dense if method.statistics else 0) + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
     elif config.allocation != "uniform":
         phases.append(phase("scores", forward=tokens * dense))
-    phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
+    if method.statistics:
+        phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     phases.append(phase("solve", solve=solve))
-    if config.statistics == "sequential":
+    if method.statistics and config.statistics == "sequential":
         # The last layer's outputs are nobody's inputs.
         phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))
     if evaluated:
@@ -420,7 +421,8 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
             hidden.remove()
     statistics = collector.result(Workers())
     of_mlp = statistics.of_expert(0) if experts else statistics
-    if config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (2 * sizes.experts):
+    enough = config.samples * config.sequence_length >= sizes.intermediate
+    if "mlp" in method.statistics and enough and sizes.intermediate > batch.tokens // (2 * sizes.experts):
         # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
         of_mlp["mlp"].diagonal().add_(of_mlp["mlp"].diagonal().mean().clamp_min(1))
     with clock("solve"):

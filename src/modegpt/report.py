@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .budget import Module
-from .config import CompressionConfig
+from .config import NONE, CompressionConfig
 from .data import TokenWindows
 from .engine import Compression
 from .errors import CheckpointError
@@ -42,8 +43,10 @@ class TextFacts(_Facts):
     sha256: str
 
     @classmethod
-    def of(cls, source: str, windows: TokenWindows) -> TextFacts:
-        """Describe ``windows`` that came from ``source``."""
+    def of(cls, source: str, windows: TokenWindows | None) -> TextFacts:
+        """Describe ``windows`` that came from ``source``, or that there were none."""
+        if windows is None:
+            return cls(source=NONE, windows=0, tokens=0, sha256=sha256().hexdigest())
         return cls(source=source, windows=len(windows), tokens=windows.tokens, sha256=windows.sha256())
 
 

@@ -185,6 +185,7 @@ class StatisticsCollector:
         _, _, (_, self._value_bias) = query_key_value(layer, family, shape)
         self._experts: nn.Module | None = None
         self._mlp_output: nn.Module | None = None
+        self._device = next(layer.parameters()).device
         if count := expert_count(layer, family):
             self._experts = layer.get_submodule(str(family.experts))
             device, m = next(self._experts.parameters()).device, intermediate_size(layer, family)
@@ -194,8 +195,8 @@ class StatisticsCollector:
         else:
             self._mlp_output = layer.get_submodule(family.mlp_output)
         if "logits" in wanted:
-            device, h = next(layer.parameters()).device, shape.head
-            self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=device)
+            h = shape.head
+            self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=self._device)
             self._logit_sums = [GramSum(out) for out in self._logits]
 
         self._mlp_input = None if self._experts is not None else layer.get_submodule(family.mlp_inputs[0])
@@ -213,10 +214,11 @@ class StatisticsCollector:
         if "mlp_input" in self._wanted:
             assert self._mlp_input is not None
             hooks.append(self._mlp_input.register_forward_pre_hook(self._input("mlp_input")))
-        if self._experts is None:
+        if "mlp" in self._wanted and self._experts is None:
             assert self._mlp_output is not None
             hooks.append(self._mlp_output.register_forward_pre_hook(self._input("mlp")))
-        else:
+        elif "mlp" in self._wanted:
+            assert self._experts is not None
             hooks.append(self._experts.register_forward_pre_hook(self._observe_experts))
         for norm, name, projection in zip(family.norms, ("query", "key"), family.input_maps, strict=False):
             if norm is not None and getattr(attention, norm, None) is not None:
@@ -248,7 +250,7 @@ class StatisticsCollector:
         for name in ("query", "query_squares", "logits"):
             if name in sums and sums[name].dim() == 3:
                 sums[name] = sums[name].unflatten(0, lead)
-        tokens = torch.tensor(self._tokens, device=next(iter(sums.values())).device)
+        tokens = torch.tensor(self._tokens, device=self._device)
         workers.sum(tokens)
         if self._experts is not None:
             for gram in self._expert_sums:
@@ -256,7 +258,7 @@ class StatisticsCollector:
             workers.sum(self._routed)
             sums["mlp"], routed = self._mlp, tuple(self._routed.tolist())
             grams += self._expert_sums
-        resolution = max(gram.resolution for gram in grams)
+        resolution = max((gram.resolution for gram in grams), default=0.0)
         return LayerStatistics(cast(Any, sums), int(tokens), resolution, routed)
 
     def _count(self, name: str) -> int:

@@ -44,6 +44,11 @@ class LowRank:
     errors: torch.Tensor
     """J at ranks 0, 1, ..., K: (K + 1,) float64."""
 
+    def share(self, rank: int) -> float:
+        """J at ``rank`` over that of losing the maps; zero for maps that are zero."""
+        whole = float(self.errors[0])
+        return float(self.errors[rank]) / whole if whole > 0 else 0.0
+
     def at(self, rank: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """A (d, k) and B_1, B_2, ... (k, n_i) for k = ``rank``."""
         return self.first[:, :rank], self.second[:rank].split(self.widths, dim=1)

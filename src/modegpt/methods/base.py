@@ -60,12 +60,13 @@ class Ladder(Generic[Weights]):
 
     full: int
     at: Callable[[int], Solution[Weights]]
-    errors: torch.Tensor | None = None
-    """The objective at ranks 0, 1, ..., ``full``, where a method knows it without solving: (full + 1,) float64."""
+    errors: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    """The objective at ranks 0, 1, ..., ``full``, where a method knows it for all of them: (full + 1,) float64."""
 
     def curve(self) -> torch.Tensor:
         """The objective at ranks 0, 1, ..., ``full``, never increasing; interpolated between some where not known."""
-        errors = self._probed() if self.errors is None else self.errors
+        known = self._probed if self.errors is None else self.errors
+        errors = known if isinstance(known, torch.Tensor) else known()
         return errors.clamp_min(0).flip(0).cummax(0).values.flip(0)
 
     def _probed(self) -> torch.Tensor:

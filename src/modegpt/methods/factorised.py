@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from typing_extensions import Self
 
 from ..budget import LayerGeometry, LayerRanks, Module, ModuleGeometry, layer_geometry, whole
 from ..costs import Sizes, truncation_bytes, truncation_flops
-from ..decompositions import activation_scales, break_even, low_rank, whitening
+from ..decompositions import LowRank, activation_scales, break_even, low_rank, whitening
 from ..errors import InvalidRequest
 from ..layout import MapShape, expert_count, map_paths, map_shapes
 from ..modeling import Family, LayerSizes, stack_name
@@ -164,28 +165,33 @@ class Factorised(Method):
         held = [*[parts] * (len(maps) - 1), 1]
         shapes = [MapShape(len(weight), weight.shape[1], count) for weight, count in zip(maps, held, strict=True)]
         geometry: FactorGeometry = FactorGeometry.of(self.stacks(module, shapes), self.align)
-        names = [_INPUTS[module][stack.maps[0] == len(maps) - 1] for stack in geometry.stacks]
-        roots = {name: self.root(statistics, name) for name in dict.fromkeys(names)}
-        found = [
-            low_rank([maps[place] for place in stack.maps], stack.limit, roots[name])
-            for stack, name in zip(geometry.stacks, names, strict=True)
-        ]
-        shares = [one.errors / max(float(one.errors[0]) * len(found), 1e-300) for one in found]
+
+        @cache  # not before it is needed: a module that stays whole is not decomposed
+        def found() -> list[LowRank]:
+            names = [_INPUTS[module][stack.maps[0] == len(maps) - 1] for stack in geometry.stacks]
+            roots = {name: self.root(statistics, name) for name in dict.fromkeys(names)}
+            return [
+                low_rank([maps[place] for place in stack.maps], stack.limit, roots[name])
+                for stack, name in zip(geometry.stacks, names, strict=True)
+            ]
 
         def error(rank: int) -> float:
-            ranks = zip(shares, geometry.ranks(rank), strict=True)
-            return sum(float(share[own]) for share, own in ranks if own is not None)
+            ranks = geometry.ranks(rank)
+            if not any(ranks):
+                return 0.0
+            shares = (one.share(own) for one, own in zip(found(), ranks, strict=True) if own is not None)
+            return sum(shares) / len(ranks)
 
         def at(rank: int) -> Solution[Weights]:
-            factors = tuple(
-                Factors(stack.maps, *one.at(own))
-                for stack, one, own in zip(geometry.stacks, found, geometry.ranks(rank), strict=True)
-                if own is not None
-            )
-            return Solution(weights, error(rank), 1.0, pairs=pairs, factors=factors)
+            ranks = geometry.ranks(rank)
+            factors = [] if not any(ranks) else list(zip(geometry.stacks, found(), ranks, strict=True))
+            thin = tuple(Factors(stack.maps, *one.at(own)) for stack, one, own in factors if own is not None)
+            return Solution(weights, error(rank), 1.0, pairs=pairs, factors=thin)
 
-        errors = [1.0, *(error(rank) for rank in range(1, geometry.full + 1))]
-        return Ladder(geometry.full, at, torch.tensor(errors, dtype=torch.float64))
+        def errors() -> torch.Tensor:
+            return torch.tensor([1.0, *map(error, range(1, geometry.full + 1))], dtype=torch.float64)
+
+        return Ladder(geometry.full, at, errors)
 
     def solve_flops(self, module: Module, sizes: Sizes, kept: float) -> float:
         """Decompositions of all maps of ``module``, whatever is kept."""
