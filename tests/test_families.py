@@ -547,7 +547,7 @@ def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any])
     sums |= attention_sums(model, layer, inputs, rotated_states["query"], rotated_states["key"])
     mlps = mlps_of(model, layer)
     if not has_experts(layer):
-        return sums | {"mlp": grams(mlps[0](inputs["mlp"]))}
+        return sums | {"mlp_input": grams(inputs["mlp"]), "mlp": grams(mlps[0](inputs["mlp"]))}
     chosen, weights = routed(layer, inputs["mlp"], model)
     inner = [torch.zeros(1, mlps[0].count, dtype=x.dtype) for _ in mlps]
     for token, (experts, shares) in enumerate(zip(chosen.tolist(), weights, strict=True)):

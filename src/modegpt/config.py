@@ -90,7 +90,8 @@ class CompressionConfig(BaseModel):
     )
     ridge: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
         1e-4,
-        description="Ridge of the leverage scores (lambda) in units of the mean channel energy, hence scale-free.",
+        description="Ridge of leverage scores, fits and whitening (lambda) in units of the mean channel energy, hence "
+        "scale-free.",
     )
     joint_only: bool = Field(
         False,

@@ -211,8 +211,7 @@ class StatisticsCollector:
             hooks.append(inputs.register_forward_pre_hook(self._input("attention_input")))
         if "head_outputs" in self._wanted:
             hooks.append(attention.get_submodule(family.output).register_forward_pre_hook(self._head_outputs))
-        if "mlp_input" in self._wanted:
-            assert self._mlp_input is not None
+        if "mlp_input" in self._wanted and self._mlp_input is not None:
             hooks.append(self._mlp_input.register_forward_pre_hook(self._input("mlp_input")))
         if "mlp" in self._wanted and self._experts is None:
             assert self._mlp_output is not None
