@@ -595,7 +595,7 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
     assert defaults == {
         name: inspect.Parameter.empty if field.is_required() else field.default
         for name, field in fields.items()
-        if name not in ("modules", "allocation", "statistics", "devices")
+        if name not in {*decided_by_the_method, "devices"}
     }
 
 

@@ -215,30 +215,32 @@ def _map_sizes(module: Module, sizes: Sizes) -> list[tuple[int, int]]:
     )
 
 
-def truncation_flops(module: Module, sizes: Sizes) -> float:
-    """Operations to truncate the singular value decompositions of a module's maps, whitened.
+def truncation_flops(module: Module, sizes: Sizes, *, whitened: bool) -> float:
+    """Operations to truncate the singular value decompositions of a module's maps.
 
-    Of a p x q matrix, q <= p, 6 p q^2 + 20 q^3 (Golub and Van Loan's count for both sets of vectors); the Cholesky
-    factor of its inputs' correlation, and products with it before and after.
+    Of a p x q matrix, q <= p, 6 p q^2 + 20 q^3 (Golub and Van Loan's count for both sets of vectors); where it is
+    ``whitened`` the Cholesky factor of its inputs' correlation, and products with it before and after.
     """
     flops = 0.0
     for inputs, outputs in _map_sizes(module, sizes):
         p, q = max(inputs, outputs), min(inputs, outputs)
-        flops += 6.0 * p * q**2 + 20.0 * q**3 + inputs**3 / 3 + 2.0 * inputs**2 * outputs + inputs**2 * q
+        flops += 6.0 * p * q**2 + 20.0 * q**3
+        flops += (inputs**3 / 3 + 2.0 * inputs**2 * outputs + inputs**2 * q) if whitened else 0.0
     return flops
 
 
-def truncation_bytes(sizes: Sizes) -> int:
+def truncation_bytes(sizes: Sizes, *, whitened: bool) -> int:
     """What truncating all maps of a layer holds at once, in float64.
 
     The maps of the module at work and those of others that are kept, the factors found so far, and of the largest map:
-    its weighted copy, the routine's, both sets of vectors with its workspace, and the root of its correlation.
+    its copy, the routine's, both sets of vectors with its workspace, and where it is ``whitened`` the weighted copy and
+    the root of its correlation.
     """
     modules: tuple[Module, ...] = ("mlp", "qk", "vo")
     maps = [one for module in modules for one in _map_sizes(module, sizes)]
     whole = sum(inputs * outputs for inputs, outputs in maps)
     p, q = max((max(one), min(one)) for one in maps)
-    return 8 * (2 * whole + 4 * p * q + 5 * q**2 + 2 * p**2)
+    return 8 * (2 * whole + 3 * p * q + 5 * q**2 + (p * q + 2 * p**2 if whitened else 0))
 
 
 def spread(costs: Mapping[_K, float], workers: int) -> dict[_K, int]:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -106,6 +106,8 @@ class Factorised(Method):
     """Truncated decompositions of the maps weighted by a root of some matrix, which is what subclasses differ in."""
 
     statistics = frozenset({"mlp_input", "mlp", "attention_input", "head_outputs"})
+    whitened: ClassVar[bool] = False
+    """Whether the root is a whole matrix."""
 
     def __init__(self, ridge: float = 1e-4, align: int = 1) -> None:
         self.ridge = ridge
@@ -195,11 +197,11 @@ class Factorised(Method):
 
     def solve_flops(self, module: Module, sizes: Sizes, kept: float) -> float:
         """Decompositions of all maps of ``module``, whatever is kept."""
-        return truncation_flops(module, sizes)
+        return truncation_flops(module, sizes, whitened=self.whitened)
 
     def solve_bytes(self, sizes: Sizes, tokens: int, kept: float) -> int:
         """One decomposition, and the factors of all maps."""
-        return truncation_bytes(sizes)
+        return truncation_bytes(sizes, whitened=self.whitened)
 
 
 class SVD(Factorised):
@@ -229,6 +231,7 @@ class SVDLLM(Factorised):
 
     name = "svd-llm"
     summary = "the same of whitened weights, which changes outputs least (SVD-LLM)"
+    whitened = True
 
     def root(self, statistics: LayerStatistics, name: Statistic) -> torch.Tensor:
         """:func:`whitening`."""
