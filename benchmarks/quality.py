@@ -33,7 +33,6 @@ from modegpt.layered import resident
 from modegpt.methods import METHODS
 from modegpt.profile import probe_windows
 from modegpt.report import TextFacts, build_report, versions
-from modegpt.results import Profile
 from modegpt.sources import ModelSource
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,8 +85,8 @@ def main() -> None:
     dense = perplexity(model, test)
     print(f"dense: {dense:.3f}; {len(done)} rows are there already", flush=True)
     results |= {"dense_perplexity": round(dense, 4), "rows": done}
-    engine = Engine(resident(model), train, batch_size=1, probe=probe)
-    influence, profiles = None, dict[str, Profile]()
+    engines: dict[tuple[str, str], Engine] = {}
+    influence = None
     for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, arguments.ratios):
         setting = {
             "method": method,
@@ -99,12 +98,13 @@ def main() -> None:
         if any(row.items() >= setting.items() for row in done):
             continue
         config = CompressionConfig.validated(**setting)
+        if (method, allocation) not in engines:  # each keeps one profile
+            engines = {(method, allocation): Engine(resident(model), train, batch_size=1, probe=probe)}
+        engine = engines[method, allocation]
         with engine.active():
-            if allocation == "sensitivity" and method not in profiles:
-                profiles[method] = engine.profile(config)
             if allocation.startswith("block") and influence is None:
                 influence = engine.block_influence()
-            choice = engine.choose_ranks(config, influence=influence, profile=profiles.get(method))
+            choice = engine.choose_ranks(config, influence=influence)
             result = engine.compress(
                 METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
             )

@@ -180,7 +180,7 @@ def compression(arguments: argparse.Namespace, model: str, statistics: str, allo
             statistics=statistics,
             allocation=allocation,
         )
-        planned = plan_request(config)[1]
+        planned = plan_request(config)[2]
         stopwatch = Stopwatch()
         started = time.perf_counter()
         with timing_gram(stopwatch):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, FalconConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import modegpt
-from helpers import tiny_llama
+from helpers import random_text, tiny_llama, tiny_tokenizer
 from modegpt.modeling import FAMILIES
 
 TOKENS = torch.randint(0, 128, (6, 16), generator=torch.Generator().manual_seed(1))
@@ -204,10 +204,11 @@ def test_a_dense_model_is_not_saved_as_a_compressed_one(tmp_path: Path) -> None:
         modegpt.save(tiny_llama(), tmp_path / "dense")
 
 
-def test_self_calibration_samples_the_model(letters: PreTrainedTokenizerBase) -> None:
-    letters.bos_token_id, letters.eos_token_id = 1, 2
+def test_self_calibration_samples_the_model() -> None:
+    tokenizer = tiny_tokenizer(random_text(20, seed=0))
     options = {"ratio": 0.3, "samples": 4, "sequence_length": 16}
-    report = modegpt.compress(tiny_llama(), letters, calibration="self", **options).compression_report
+    model = tiny_llama(vocab_size=len(tokenizer))
+    report = modegpt.compress(model, tokenizer, calibration="self", **options).compression_report
     assert (report.calibration.source, report.calibration.windows, report.calibration.tokens) == ("self", 4, 64)
 
 

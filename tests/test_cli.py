@@ -276,7 +276,8 @@ def test_the_report_hashes_the_calibration_and_evaluation_ids(
     calibration = drawn(file_ids(tiny_checkpoint, text_file))
     evaluation = file_ids(tiny_checkpoint, other_text_file)[: 8 * 32].view(8, 32)
     for key, path, ids in (("calibration", text_file, calibration), ("evaluation", other_text_file, evaluation)):
-        assert run.report[key] == {"source": str(path), "windows": 8, "tokens": 256, "sha256": sha256(ids)}
+        facts = {"source": str(path), "windows": 8, "tokens": 256, "sha256": sha256(ids), "mixture": None}
+        assert run.report[key] == facts
 
 
 def recount(directory: Path) -> dict[str, int]:
@@ -464,15 +465,15 @@ def test_held_out_is_the_last_tenth_and_never_calibrated_on(
     ids = file_ids(tiny_checkpoint, text_file)
     cut = len(ids) - len(ids) // 10
     held_out = ids[cut : cut + 5 * 32].view(5, 32)
-    facts = run.report["evaluation"]
-    assert facts == {"source": f"{text_file}, held out", "windows": 5, "tokens": 160, "sha256": sha256(held_out)}
+    facts = {"source": f"{text_file}, held out", "windows": 5, "tokens": 160, "sha256": sha256(held_out)}
+    assert run.report["evaluation"] == facts | {"mixture": None}
     assert run.report["calibration"]["sha256"] == sha256(drawn(ids[:cut]))
 
 
 def test_self_calibrates_and_evaluates_on_different_sampled_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
     run = compress(tiny_checkpoint, tmp_path / "small", "self", "--seed", 5, "--evaluation-samples", 2)
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    ids = sample_from_model(model, 0, 10, 32, 5).ids
+    ids = sample_from_model(model, AutoTokenizer.from_pretrained(tiny_checkpoint), 10, 32, 5).ids
     for key, source, windows in (("calibration", "self", ids[:8]), ("evaluation", "self, held out", ids[8:])):
         assert run.report[key]["source"] == source
         assert run.report[key]["sha256"] == sha256(windows)

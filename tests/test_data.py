@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,11 +15,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from helpers import tiny_llama
+from helpers import random_text, tiny_llama, tiny_tokenizer
+from modegpt import data
 from modegpt.data import (
     HUB_DATASETS,
+    HubDataset,
     TokenWindows,
     check_source,
     first_windows,
@@ -88,6 +97,15 @@ ALPACA = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
         (ALPACA | {"input": ""}, "### Instruction:\nAdd.\n\n### Response:\n3"),
         ({"instruction": "Add.", "output": "3"}, "### Instruction:\nAdd.\n\n### Response:\n3"),
         (ALPACA | {"text": "the whole prompt"}, "the whole prompt"),
+        (
+            {
+                "prompt": "Hi.",
+                "messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho."}],
+            },
+            "User: Hi.\n\nAssistant: Ho.",
+        ),
+        ({"question": "who", "passage": "p", "label": True}, "p"),
+        ({"context": "c", "continuation": "d"}, "c"),
     ],
 )
 def test_text_of_a_record(row: object, text: str) -> None:
@@ -114,7 +132,18 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, name: str, con
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("row", [{"title": "two\nlines"}, {"text": None}, {"instruction": "only"}, 5, None, []])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"title": "two\nlines"},
+        {"text": None},
+        {"instruction": "only"},
+        {"instruction": "i", "context": ""},
+        5,
+        None,
+        [],
+    ],
+)
 def test_a_record_without_text_is_refused_in_one_line(tmp_path: Path, row: object) -> None:
     path = tmp_path / "other.jsonl"
     path.write_bytes(json_lines([{"text": "fine"}, row]))
@@ -146,7 +175,7 @@ def test_named_sources_need_no_file() -> None:
     ("source", "problem"),
     [
         ("self", "no such file"),
-        ("c4", "no such file"),
+        ("c5", "no such file"),
         ("missing.txt", "no such file"),
         ("page.html", "known kind"),
         ("directory.txt", "known kind"),
@@ -194,6 +223,45 @@ def test_hub_data_sets_are_asked_for_and_joined(
     assert read_text(source, evaluation=evaluation) == text
     path, name, revision = address
     load_dataset.assert_called_once_with(path, name, split=split, revision=revision)
+
+
+ROWS = [{"text": f"row {number}"} for number in range(10)]
+
+
+@pytest.mark.parametrize(("evaluation", "first"), [(False, 0), (True, 4)])
+def test_of_a_large_data_set_the_first_rows_calibrate_and_the_next_ones_are_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluation: bool, first: int
+) -> None:
+    """With the data sets library itself, on a directory instead of the hub."""
+    write_parquet(tmp_path / "train.parquet", ROWS)
+    large = HubDataset(str(tmp_path), None, "train", "train", "|", rows=4)
+    monkeypatch.setattr(data, "HUB_DATASETS", {"large": large})
+    expected = "|".join(row["text"] for row in ROWS[first : first + 4])
+    assert read_text("large", evaluation=evaluation) == expected
+
+
+def test_only_the_named_file_of_a_large_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "en").mkdir()
+    files = {"train": "en/train.0.json.gz", "validation": "en/validation.0.json.gz"}
+    for split, name in files.items():
+        (tmp_path / name).write_bytes(gzip.compress(json_lines([{"text": f"{split} {n}"} for n in range(5)])))
+    (tmp_path / "en/train.1.json.gz").write_bytes(b"never read")
+    large = HubDataset(str(tmp_path), None, "train", "validation", "|", files=files, rows=3)
+    monkeypatch.setattr(data, "HUB_DATASETS", {"large": large})
+    assert read_text("large") == "train 0|train 1|train 2"
+    assert read_text("large", evaluation=True) == "validation 0|validation 1|validation 2"
+
+
+@pytest.mark.parametrize("source", ["fineweb-edu", "c4", "ultrachat", "codeparrot"])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_large_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch, source: str, evaluation: bool) -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"content": "a"}, {"content": "b"}] * 6000))
+    load_dataset = Mock(return_value=stream)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = HUB_DATASETS[source].rows
+    assert rows is not None
+    assert read_text(source, evaluation=evaluation) == "\n\n".join(["a", "b"] * (rows // 2))
+    assert load_dataset.call_args.kwargs["streaming"] is True
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,14 +422,20 @@ def test_batches_hold_every_window_once_with_its_mask(size: int) -> None:
 # Text sampled from the model
 
 
+@cache
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of 320 tokens, two of them special, that puts its token 0 before every text."""
+    return tiny_tokenizer(random_text(20, seed=0))
+
+
 @pytest.fixture
 def model() -> LlamaForCausalLM:
-    return tiny_llama(initializer_range=0.1)
+    return tiny_llama(initializer_range=0.1, vocab_size=len(letters()))
 
 
 def sampled(model: LlamaForCausalLM, seed: int = 0) -> torch.Tensor:
     """Forty windows of twelve tokens."""
-    windows = sample_from_model(model, 1, 40, 12, seed)
+    windows = sample_from_model(model, letters(), 40, 12, seed)
     assert windows.mask is None
     return windows.ids
 
@@ -373,6 +447,37 @@ def test_sampled_windows_have_the_asked_shape(model: LlamaForCausalLM) -> None:
     assert 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size
 
 
+def test_windows_begin_with_different_ordinary_tokens(model: LlamaForCausalLM) -> None:
+    starts = sampled(model)[:, 0]
+    assert starts.unique().numel() > 25
+    assert not set(starts.tolist()) & set(letters().all_special_ids)
+
+
+def test_long_windows_are_rows_of_pieces_that_know_nothing_of_each_other(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same pieces as from windows of a piece each, the last one cut."""
+    monkeypatch.setattr(data, "PIECE", 5)
+    long = sample_from_model(model, letters(), 6, 12, 3).ids
+    pieces = sample_from_model(model, letters(), 18, 4, 3).ids
+    assert long.shape == (6, 12)
+    assert torch.equal(long, pieces.reshape(6, 12))
+    monkeypatch.setattr(data, "PIECE", 6)
+    long, pieces = (sample_from_model(model, letters(), *shape, 3).ids for shape in ((2, 11), (4, 6)))
+    assert torch.equal(long, pieces.view(2, 12)[:, :11])
+
+
+def test_a_piece_is_what_the_model_writes_after_its_first_token(model: LlamaForCausalLM) -> None:
+    """Greedily, that can be told: the beginning-of-text token is before it where the tokenizer puts it there."""
+    model.lm_head.weight.data *= 1e4  # sampling at temperature 1 becomes greedy
+    rows = sampled(model)[:3]
+    model.generation_config = GenerationConfig(max_new_tokens=11, do_sample=False, pad_token_id=0)
+    for row in rows:
+        prompt = torch.tensor([[letters().bos_token_id, int(row[0])]])
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt))
+        assert row.tolist() == expected[0, 1:].tolist()
+
+
 def test_samples_are_decided_by_the_seed(model: LlamaForCausalLM) -> None:
     first = sampled(model, seed=1)
     torch.rand(7)
@@ -380,7 +485,7 @@ def test_samples_are_decided_by_the_seed(model: LlamaForCausalLM) -> None:
     assert not torch.equal(sampled(model, seed=2), first)
 
 
-@pytest.mark.parametrize("stop", [1, list(range(128))], ids=["one", "every token"])
+@pytest.mark.parametrize("stop", [1, list(range(320))], ids=["one", "every token"])
 def test_end_of_text_does_not_end_a_window(model: LlamaForCausalLM, stop: int | list[int]) -> None:
     model.generation_config.eos_token_id = None
     free = sampled(model)

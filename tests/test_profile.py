@@ -12,10 +12,20 @@ import torch
 
 import modegpt
 from helpers import run_cli, tiny_llama
-from modegpt.budget import MODULES, LayerGeometry, LayerRanks, Module, ModuleGeometry, ranks_from_losses, whole
+from modegpt.budget import (
+    MODULES,
+    LayerGeometry,
+    LayerRanks,
+    Module,
+    ModuleGeometry,
+    largest_ratio,
+    ranks_from_losses,
+    whole,
+)
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.engine import Engine, compress_model
+from modegpt.errors import InvalidRequest
 from modegpt.evaluation import Predictions
 from modegpt.families import model_geometry
 from modegpt.layered import resident
@@ -57,7 +67,7 @@ def test_sensitivities_are_those_of_models_with_one_module_compressed(method: st
         profile = engine.profile(config)
         full = [whole(layer) for layer in engine.geometry(METHODS[method].from_config(config))]
         for index, module in itertools.product(range(3), MODULES):
-            found = profile[index][module]
+            found = profile.layers[index][module]
             assert found.full == full[index][module]
             assert abs(found.probed - found.full / 2) <= 0.5
             ranks = list(full)
@@ -75,7 +85,7 @@ def test_curves_hold_the_objective_at_every_rank() -> None:
     model, data = tiny_llama(), windows()
     config = CompressionConfig.validated(ratio=0.3, method="greedy", allocation="sensitivity", ridge=1e-4)
     engine = Engine(resident(model), data, 3)
-    with engine.active(), patch.object(Profiler, "_divergences", lambda self: dict.fromkeys(self._streams, 1.0)):
+    with engine.active(), patch.object(Profiler, "_divergences", lambda self: (dict.fromkeys(self._streams, 1.0), 1.0)):
         profile = engine.profile(config)
         for share in (0.25, 0.75):
             ranks = [
@@ -85,7 +95,7 @@ def test_curves_hold_the_objective_at_every_rank() -> None:
             result = engine.compress(Greedy(1e-4), Choice(ranks, [{} for _ in ranks]), sequential=False)
             for index, layer in enumerate(result.layers):
                 for module, one in layer.modules.items():
-                    found = profile[index][module]
+                    found = profile.layers[index][module]
                     stated = found.errors[ModuleProfile.ranks(found.full).index(one.rank)]
                     norm = found.errors[0]
                     # At a rank the paper's choice may be better than the curve's.
@@ -196,6 +206,23 @@ def test_the_cheapest_modules_go_first() -> None:
     found = ranks_from_losses(LAYERS, losses, 0.1, 1)
     assert found[0]["mlp"] == 6
     assert found[1]["mlp"] < 6
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
+def test_the_largest_ratio_within_a_limit_is_the_largest(share: float) -> None:
+    losses = random_losses(3, convex=True)
+
+    def lost(ratio: float) -> float:
+        ranks = ranks_from_losses(LAYERS, losses, ratio, 1)
+        return sum(
+            float(loss[rank[module]]) for rank, one in zip(ranks, losses, strict=True) for module, loss in one.items()
+        )
+
+    limit = share * lost(0.5)
+    ratio = largest_ratio(LAYERS, losses, limit, 1)
+    assert lost(ratio) <= limit < lost(ratio + 0.001)
+    with pytest.raises(InvalidRequest, match="--max-perplexity-increase 0: removing a thousandth is predicted"):
+        largest_ratio(LAYERS, [{name: 1e9 * (loss + 1) for name, loss in one.items()} for one in losses], 0.0, 1)
 
 
 # Runs

@@ -216,7 +216,49 @@ def test_an_unreadable_text_is_refused(refuse_options: Refuse, tmp_path: Path, n
 def test_the_calibration_text_is_no_evaluation_text(refuse_options: Refuse, text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "link.txt").symlink_to(text_file)
     for same in (text_file, tmp_path / "link.txt"):
-        assert f"--evaluate '{same}' is the calibration text; use 'held-out'" in refuse_options("--evaluate", same)
+        assert f"--evaluate '{same}' is a calibration text; use 'held-out'" in refuse_options("--evaluate", same)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "problem"),
+    [
+        ("{text},self:0", "--calibration 'self:0': a share must be a positive number, such as self:0.5"),
+        ("self,{text}:-1", "a share must be a positive number"),
+        ("self:nan", "a share must be a positive number"),
+        ("{text},self,wikitext3", "--calibration 'wikitext3': no such file; use one of wikitext2, "),
+        ("{text},", "--calibration '': no such file"),
+        ("{text},self:half", "--calibration 'self:half': no such file"),
+        ("self:0.2,{text},self:0.3", "self is named twice; give each source once"),
+        ("{text},{link}", "link.txt is named twice"),
+        ("mix,c4", "c4 is named twice"),
+        (
+            "{text},ptb,self",
+            "--samples 2: --calibration names 3 sources, and each gives a window at least; use 3 or more",
+        ),
+    ],
+)
+def test_an_unusable_mixture_is_refused(
+    refuse_options: Refuse, text_file: Path, tmp_path: Path, mixture: str, problem: str
+) -> None:
+    link = tmp_path / "link.txt"
+    link.symlink_to(text_file)
+    assert problem in refuse_options("--calibration", mixture.format(text=text_file, link=link), "--samples", 2)
+
+
+def test_a_text_of_the_mixture_is_no_evaluation_text(
+    refuse_options: Refuse, text_file: Path, other_text_file: Path
+) -> None:
+    line = refuse_options("--calibration", f"{text_file},{other_text_file}:2", "--evaluate", other_text_file)
+    assert f"--evaluate '{other_text_file}' is a calibration text; use 'held-out'" in line
+
+
+def test_a_text_of_the_mixture_too_short_for_its_share_is_refused(
+    refuse_options: Refuse, text_file: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(random_text(4, seed=0))
+    line = refuse_options("--calibration", f"{text_file},{short}", "--evaluate", "none")
+    assert f"--calibration {short}: 4 samples of 32 tokens need 128 tokens" in line
 
 
 @pytest.mark.parametrize("option", ["--calibration", "--evaluate", "--output", "MODEL"])
@@ -235,13 +277,6 @@ def test_windows_longer_than_the_models_positions_are_refused(refuse_options: Re
 
 def test_sampled_windows_longer_than_the_models_positions_are_refused(refuse_options: Refuse) -> None:
     assert "128 positions" in refuse_options("--calibration", "self", "--sequence-length", 129)
-
-
-def test_self_needs_a_token_to_start_from(refuse_model: Refuse, checkpoint_copy: Path) -> None:
-    settings = json.loads((checkpoint_copy / "tokenizer_config.json").read_text())
-    settings.update(bos_token=None, eos_token=None)
-    (checkpoint_copy / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert "beginning- or end-of-text token" in refuse_model(checkpoint_copy, "--calibration", "self")
 
 
 # Models

@@ -811,11 +811,40 @@ SELF: list[object] = [
 SAMPLED = ["rename .*windows.safetensors$", NOTED, "."]
 
 
+@pytest.fixture
+def mixed(text_file: Path, other_text_file: Path) -> list[object]:
+    """A run on two files and on text of the model's own."""
+    return [
+        *("--calibration", f"{text_file}:2,self,{other_text_file}", "--samples", 5, "--sequence-length", 8),
+        *("--allocation", "sensitivity", "--evaluation-samples", 1),
+    ]
+
+
 def test_sampled_windows_are_not_sampled_again(runs: Runs, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.interrupt(here, SELF, *SAMPLED)
     monkeypatch.setattr(pipeline, "sample_from_model", Mock(side_effect=AssertionError("sampled again")))
     assert go_on(runs, SELF).kept == [0, 1, 2]
     runs.check(here, SELF)
+
+
+def test_sampled_windows_of_a_mixture_are_not_sampled_again(
+    runs: Runs, here: Path, mixed: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs.interrupt(here, mixed, *SAMPLED)
+    monkeypatch.setattr(pipeline, "sample_from_model", Mock(side_effect=AssertionError("sampled again")))
+    assert go_on(runs, mixed).kept == [0, 1, 2]
+    runs.check(here, mixed)
+
+
+def test_perplexities_of_a_mixture_are_not_measured_again(runs: Runs, here: Path, mixed: list[object]) -> None:
+    """Interrupted once the dense and the compressed model were measured on the first text."""
+    work = runs.interrupt(here, mixed, *ALL_LAYERS, NOTED, NOTED, NOTED, ".")
+    known = json.loads((work / "manifest.json").read_text())["perplexity"]
+    with patch.object(Engine, "perplexity", autospec=True, side_effect=Engine.perplexity) as measured:
+        assert go_on(runs, mixed).kept == []
+    assert 0 < len(known) < 4
+    assert measured.call_count == 4 - len(known)
+    runs.check(here, mixed)
 
 
 def test_half_written_windows_are_sampled_again(runs: Runs, here: Path) -> None:

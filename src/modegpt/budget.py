@@ -176,6 +176,41 @@ def average_sparsity(
     return max(0.0, (ratio * base.parameters + base.extra) / selected)
 
 
+def largest_ratio(
+    layers: Sequence[LayerGeometry],
+    losses: Sequence[Mapping[Module, torch.Tensor]],
+    limit: float,
+    align: int,
+    base: Base | None = None,
+) -> float:
+    """The largest ratio, in thousandths, whose ranks by :func:`ranks_from_losses` lose no more than ``limit`` in all.
+
+    Raises :class:`InvalidRequest` where even a thousandth loses more.
+    """
+
+    def lost(thousandths: int) -> float:
+        try:
+            ranks = ranks_from_losses(layers, losses, thousandths / 1000, align, base)
+        except InvalidRequest:  # out of reach
+            return math.inf
+        return sum(
+            float(loss[rank[module]])
+            for rank, modules in zip(ranks, losses, strict=True)
+            for module, loss in modules.items()
+        )
+
+    low, high = 0, 1000
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if lost(middle) <= limit else (low, middle)
+    if low == 0:
+        raise InvalidRequest(
+            f"--max-perplexity-increase {math.expm1(limit):.3g}: removing a thousandth is predicted to cost "
+            f"{math.expm1(min(lost(1), 700.0)):.3g} already; allow more"
+        )
+    return low / 1000
+
+
 def ranks_from_sparsity(
     layers: Sequence[LayerGeometry], sparsity: Sequence[Mapping[Module, float]], align: int
 ) -> list[LayerRanks]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CheckpointError, InvalidRequest
 from .files import existing_parent, sha256_of, storing, sync
@@ -21,6 +21,7 @@ from .layered import LayeredModel
 from .layout import rotary_channels
 from .model_card import model_card
 from .modeling import CompactAttention, is_compressed, layer_sizes, recognise
+from .origin import ORIGIN_FILE, Origin
 from .report import REPORT_FILE, CompressionReport, RunFacts
 from .shards import SHARD_BYTES, write_shards
 from .sources import load_causal_lm, usable_device
@@ -29,10 +30,11 @@ from .stored import WEIGHTS_FILE
 _STAGING = "checkpoint"
 
 
-def check_output(directory: Path, *, overwrite: bool, inputs: Iterable[str] = ()) -> None:
+def check_output(directory: Path, *, overwrite: bool, inputs: Iterable[str] = (), profile: bool = False) -> None:
     """Refuse an output directory that cannot be written, or that holds something that must not be lost.
 
-    ``inputs`` are the paths (or hub names) that the run reads.
+    ``inputs`` are the paths (or hub names) that the run reads. What may be overwritten is a compressed checkpoint, or
+    a ``profile``.
     """
     given, resolved = f"--output {str(directory)!r}", directory.resolve()
     paths = [Path(name).resolve() for name in inputs if Path(name).exists()]
@@ -45,10 +47,9 @@ def check_output(directory: Path, *, overwrite: bool, inputs: Iterable[str] = ()
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
             raise InvalidRequest(f"{given} is not empty; choose another or give --overwrite")
-        if not _is_compressed(directory):
-            raise InvalidRequest(
-                f"{given} holds something other than a compressed checkpoint; --overwrite replaces only those"
-            )
+        if not ((directory / ORIGIN_FILE).is_file() if profile else _is_compressed(directory)):
+            kind = "profile" if profile else "compressed checkpoint"
+            raise InvalidRequest(f"{given} holds something other than a {kind}; --overwrite replaces only those")
         if any(path.is_relative_to(resolved) for path in paths):
             raise InvalidRequest(f"{given} holds what this run reads; choose another")
     parent = existing_parent(resolved)
@@ -126,6 +127,18 @@ def publish(
         _write_facts(staging, tokenizer, report)
         run.write(staging)
         journal.announce(sha256_of(staging / REPORT_FILE))
+    journal.remove()
+
+
+def publish_profile(
+    journal: Journal, directory: Path, origin: Origin, config: PreTrainedConfig, overwrite: bool
+) -> None:
+    """Give the finished profile in ``journal``, which is then removed, its own place."""
+    with storing(str(journal.directory)), _staged(directory.resolve(), journal.directory, overwrite) as staging:
+        for path in journal.profile.iterdir():
+            os.rename(path, staging / path.name)
+        config.save_pretrained(staging)
+        origin.write(staging)
     journal.remove()
 
 

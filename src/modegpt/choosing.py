@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from .allocation import allocate
@@ -10,20 +11,20 @@ from .budget import (
     LayerRanks,
     Module,
     average_sparsity,
+    largest_ratio,
     ranks_from_losses,
     ranks_from_sparsity,
     whole,
 )
 from .config import CompressionConfig
-from .profile import chosen_divergence
 from .results import Choice, Profile
 
 
 def average(config: CompressionConfig, geometry: Sequence[LayerGeometry]) -> float:
     """The share that the chosen modules of the chosen layers lose, see :func:`average_sparsity`, which may refuse."""
-    return average_sparsity(
-        _chosen(config, geometry), config.modules, config.ratio, config.align, config.base(geometry)
-    )
+    assert config.ratio is not None
+    chosen, base = _chosen(config, geometry), config.base(geometry)
+    return average_sparsity(chosen, config.modules, config.ratio, config.align, base)
 
 
 def choose(
@@ -40,15 +41,20 @@ def choose(
     layers = _chosen(config, geometry)
     if config.allocation == "sensitivity":
         assert profile is not None
-        known = [profile[index] for index in config.chosen_layers(len(geometry))]
+        known = [profile.layers[index] for index in config.chosen_layers(len(geometry))]
         losses = [{module: one.losses() for module, one in layer.items()} for layer in known]
-        ranks = ranks_from_losses(layers, losses, config.ratio, config.align, config.base(geometry))
+        ratio, base = config.ratio, config.base(geometry)
+        if ratio is None:
+            assert config.max_perplexity_increase is not None
+            ratio = largest_ratio(layers, losses, math.log1p(config.max_perplexity_increase), config.align, base)
+        ranks = ranks_from_losses(layers, losses, ratio, config.align, base)
         removed = [
             {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
             for layer, rank in zip(layers, ranks, strict=True)
         ]
         choice = _everywhere(config, geometry, ranks, removed)
-        return Choice(choice.ranks, choice.sparsity, divergence=chosen_divergence(profile, choice.ranks))
+        divergence = profile.divergence(choice.ranks)
+        return Choice(choice.ranks, choice.sparsity, divergence=divergence, ratio=ratio)
     share = average(config, geometry)
     if config.allocation == "uniform":
         uniform = [dict.fromkeys(config.modules, share) for _ in layers]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect as introspection
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
-from .config import RunConfig
+from .config import ProfileConfig, RunConfig
 
 app = typer.Typer(
     name="modegpt",
@@ -24,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+_Config = TypeVar("_Config", bound=RunConfig)
+_Result = TypeVar("_Result")
 
 
 def _help(field: str) -> str:
@@ -44,8 +48,15 @@ _WHAT, _HOW, _TEXT, _RUN = "What to remove", "How to choose it", "Text", "Runnin
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help=_help("model"), metavar="MODEL")],
-    ratio: Annotated[float, typer.Option(help=_help("ratio"), rich_help_panel=_WHAT)],
     output: Annotated[Path, typer.Option("--output", "-o", help=_help("output"), rich_help_panel=_WHAT)],
+    ratio: Annotated[float | None, typer.Option(help=_help("ratio"), rich_help_panel=_WHAT)] = None,
+    target_parameters: Annotated[
+        str | None, typer.Option(help=_help("target_parameters"), rich_help_panel=_WHAT)
+    ] = None,
+    target_size: Annotated[str | None, typer.Option(help=_help("target_size"), rich_help_panel=_WHAT)] = None,
+    max_perplexity_increase: Annotated[
+        str | None, typer.Option(help=_help("max_perplexity_increase"), rich_help_panel=_WHAT)
+    ] = None,
     ratio_of: Annotated[str, typer.Option(help=_help("ratio_of"), rich_help_panel=_WHAT)] = _default("ratio_of"),
     modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     layers: Annotated[str, typer.Option(help=_help("layers"), rich_help_panel=_WHAT)] = _default("layers"),
@@ -60,6 +71,7 @@ def compress(
     samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
     sequence_length: Annotated[int, typer.Option(help=_help("sequence_length"), rich_help_panel=_TEXT)] = 2048,
     seed: Annotated[int, typer.Option(help=_help("seed"), rich_help_panel=_TEXT)] = _default("seed"),
+    profile_from: Annotated[Path | None, typer.Option(help=_help("profile_from"), rich_help_panel=_TEXT)] = None,
     evaluate: Annotated[str | None, typer.Option(help=_help("evaluate"), rich_help_panel=_TEXT)] = None,
     evaluation_samples: Annotated[int, typer.Option(help=_help("evaluation_samples"), rich_help_panel=_TEXT)] = 8,
     dtype: Annotated[str, typer.Option(help=_help("dtype"), rich_help_panel=_RUN)] = _default("dtype"),
@@ -79,39 +91,107 @@ def compress(
     Example: **modegpt compress HuggingFaceTB/SmolLM2-135M --ratio 0.3 --output small**
     """
     arguments = {name: value for name, value in locals().items() if name != "quiet"}
-    from .console import choose_progress, plan_line, say, summary_table
-    from .parallel import first_process, launch, launched, processes
-    from .pipeline import check_start, compress_to_directory
+    from .console import say, summary_table
+    from .parallel import first_process
+    from .pipeline import compress_to_directory
     from .report import RunFacts
 
-    config = _run_config(arguments)
+    report = _carry_out(compress_to_directory, _run_config(arguments, RunConfig), quiet)
+    if not quiet and first_process():
+        console = Console()
+        console.print(summary_table(report, RunFacts.read(output)))
+        say(console, f"Checkpoint: {output}")
+
+
+def _carry_out(work: Callable[..., _Result], config: _Config, quiet: bool) -> _Result:
+    """Do ``work`` as ``config`` says, in the processes that it asks for; its plan and progress are shown."""
+    from .console import choose_progress, plan_line, say
+    from .parallel import first_process, launch, launched, processes
+    from .pipeline import check_start
+
     if (count := processes(config.devices, config.device)) > 1 and not launched():
         check_start(config)
         raise SystemExit(launch(count, sys.argv[1:]))
     quiet = quiet or not first_process()
-    progress = choose_progress(Console(stderr=True), quiet)
     try:
-        report = compress_to_directory(
+        return work(
             config,
-            progress,
+            choose_progress(Console(stderr=True), quiet),
             command=shlex.join(["modegpt", *sys.argv[1:]]),
             show=None if quiet else lambda plan: say(Console(stderr=True), plan_line(plan)),
         )
     except KeyboardInterrupt:
         print("modegpt: interrupted; repeat the command to go on", file=sys.stderr)
         raise SystemExit(130) from None
-    if not quiet:
-        console = Console()
-        console.print(summary_table(report, RunFacts.read(output)))
-        say(console, f"Checkpoint: {output}")
 
 
-def _run_config(arguments: dict[str, Any]) -> RunConfig:
-    if arguments["temperature"] != "auto":
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help=_help("model"), metavar="MODEL")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the profile.", rich_help_panel=_WHAT)],
+    modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
+    method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
+    ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
+    calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = "wikitext2",
+    samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
+    sequence_length: Annotated[int, typer.Option(help=_help("sequence_length"), rich_help_panel=_TEXT)] = 2048,
+    seed: Annotated[int, typer.Option(help=_help("seed"), rich_help_panel=_TEXT)] = _default("seed"),
+    dtype: Annotated[str, typer.Option(help=_help("dtype"), rich_help_panel=_RUN)] = _default("dtype"),
+    device: Annotated[str, typer.Option(help=_help("device"), rich_help_panel=_RUN)] = _default("device"),
+    batch_size: Annotated[int, typer.Option(help=_help("batch_size"), rich_help_panel=_RUN)] = _default("batch_size"),
+    devices: Annotated[str, typer.Option(help=_help("devices"), rich_help_panel=_RUN)] = "1",
+    offload_folder: Annotated[Path | None, typer.Option(help=_help("offload_folder"), rich_help_panel=_RUN)] = None,
+    restart: Annotated[bool, typer.Option("--restart", help=_help("restart"), rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier profile in the output directory.", rich_help_panel=_RUN),
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help=_help("trust_remote_code"), rich_help_panel=_RUN)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=_RUN)] = False,
+) -> None:
+    """Measure once what every part of MODEL is worth; `compress --profile-from` then gives any size without text.
+
+    Example: **modegpt profile HuggingFaceTB/SmolLM2-135M --output profile**
+    """
+    arguments = {name: value for name, value in locals().items() if name != "quiet"}
+    from .console import say
+    from .parallel import first_process
+    from .pipeline import profile_to_directory
+
+    _carry_out(profile_to_directory, _run_config(arguments, ProfileConfig), quiet)
+    if not quiet and first_process():
+        say(Console(), f"Profile: {output}")
+
+
+@app.command()
+def curve(
+    directory: Annotated[Path, typer.Argument(help="What `profile` wrote.", metavar="PROFILE")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw it into this image file (.png, .svg, .pdf).")] = None,
+    align: Annotated[int, typer.Option(help=_help("align"), min=1)] = _default("align"),
+) -> None:
+    """Predict perplexity against size from a profile, and mark the knee.
+
+    Predictions leave out how modules act on one another; the text is what sensitivities were measured on.
+    """
+    from .console import curve_table, say
+    from .curve import plot as draw
+    from .curve import predicted_curve
+
+    found = predicted_curve(directory, align)
+    Console().print(curve_table(found))
+    if plot is not None:
+        draw(found, plot)
+        say(Console(), f"Plot: {plot}")
+
+
+def _run_config(arguments: dict[str, Any], kind: type[_Config]) -> _Config:
+    if arguments.get("temperature", "auto") != "auto":
         arguments["temperature"] = _number(arguments["temperature"], "--temperature")
     if arguments["devices"].isdigit():
         arguments["devices"] = int(arguments["devices"])
-    return RunConfig.validated(**{name: value for name, value in arguments.items() if value is not None})
+    return kind.validated(**{name: value for name, value in arguments.items() if value is not None})
 
 
 def plan(**arguments: Any) -> None:
@@ -125,8 +205,8 @@ def plan(**arguments: Any) -> None:
     from .plan import check_plan
 
     del arguments["quiet"]
-    config = _run_config(arguments)
-    _, predicted, shape = plan_request(config)
+    config = _run_config(arguments, RunConfig)
+    config, _, predicted, shape = plan_request(config)
     Console().print(plan_table(predicted))
     check_plan(predicted, config, shape)
 
@@ -166,8 +246,8 @@ def evaluate(
 
     exp of the mean negative log-likelihood over consecutive windows, without special tokens.
     """
+    from .address import evaluate_perplexity
     from .console import choose_progress, say
-    from .pipeline import evaluate_perplexity
 
     progress = choose_progress(Console(stderr=True), quiet)
     value, windows = evaluate_perplexity(
@@ -196,8 +276,8 @@ def generate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Continue PROMPT greedily."""
+    from .address import open_model
     from .evaluation import generate_text
-    from .pipeline import open_model
 
     tokenizer, _, open_it = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     text = generate_text(open_it(), tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from .budget import Base, LayerGeometry, Module
+from .data import HUB_DATASETS
 from .errors import InvalidRequest
 from .methods import METHODS, Allocation, Calibrated, Method
+from .mixture import MIXTURES
 from .sources import Dtype, usable_device
 
 #: In place of a text: a part of the calibration text, and no text.
@@ -40,14 +42,47 @@ def _ranges(layers: str) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1])) for part in parts]
 
 
+#: How much is removed is said by one of these.
+AIMS = ("ratio", "target_parameters", "target_size", "max_perplexity_increase")
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SIZES = {f"{prefix}B": 1000**power for power, prefix in enumerate(("", "K", "M", "G", "T"))}
+_SIZES |= {f"{prefix}IB": 1024 ** (power + 1) for power, prefix in enumerate(("K", "M", "G", "T"))}
+
+
+def _quantity(value: object, units: Mapping[str, int], wanted: str) -> object:
+    """The whole number that a text such as '5.5B' stands for; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", value.strip(), flags=re.IGNORECASE)
+    if found is None or found[2].upper() not in units or found[1].count(".") > 1 or found[1] == ".":
+        raise ValueError(f"give {wanted}")
+    return round(float(found[1]) * units[found[2].upper()])
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
 class CompressionConfig(BaseModel):
     """What to remove, how to choose it, and what to calibrate on. Immutable; validated on construction."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
         description="Share of the decoder blocks' parameters to remove, between 0 and 1. "
-        "Embeddings and head are never touched."
+        "Embeddings and head are never touched.",
+    )
+    target_parameters: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Instead of --ratio: what the whole model is to have at most, e.g. 5.5B or 120M parameters."
+    )
+    target_size: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Instead of --ratio: what the weights are to take on disk at most, e.g. 4GiB or 250MB."
+    )
+    max_perplexity_increase: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Instead of --ratio: as much as is predicted to raise the perplexity by no more than this, e.g. "
+        "10%. Needs the 'sensitivity' allocation.",
     )
     ratio_of: Literal["blocks", "touched"] = Field(
         "blocks",
@@ -103,6 +138,42 @@ class CompressionConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = Field(
         1, description="Windows run at once; more needs more memory and changes results only by rounding."
     )
+
+    @field_validator("target_parameters", mode="before")
+    @classmethod
+    def _count(cls, value: object) -> object:
+        return _quantity(value, _COUNTS, "a number of parameters such as 5.5B or 120M")
+
+    @field_validator("target_size", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return _quantity(value, _SIZES, "a size such as 4GiB or 250MB")
+
+    @field_validator("max_perplexity_increase", mode="before")
+    @classmethod
+    def _share(cls, value: object) -> object:
+        if isinstance(value, str):
+            number, percent = value.strip().removesuffix("%"), value.strip().endswith("%")
+            try:
+                return float(number) / (100 if percent else 1)
+            except ValueError:
+                raise ValueError("give a share such as 10% or 0.1") from None
+        return value
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> Self:
+        given = [name for name in AIMS if getattr(self, name) is not None]
+        if len(given) != 1:
+            options = ", ".join(map(_option, given)) or "none"
+            raise ValueError(f"give one of {', '.join(map(_option, AIMS))}; given: {options}")
+        if self.ratio is None and self.ratio_of != "blocks":
+            raise ValueError(f"--ratio-of {self.ratio_of} goes with --ratio, not {_option(given[0])}")
+        predicted = self.allocation == "sensitivity" or getattr(self, "profile_from", None) is not None
+        if self.max_perplexity_increase is not None and not predicted:
+            raise ValueError(
+                f"--max-perplexity-increase needs predictions; use --allocation sensitivity, not {self.allocation}"
+            )
+        return self
 
     @field_validator("method")
     @classmethod
@@ -171,8 +242,8 @@ class CompressionConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             problem = error.errors()[0]
-            option = "--" + str(problem["loc"][0]).replace("_", "-")
             message = problem["msg"].removeprefix("Value error, ")
+            option = _option(str(problem["loc"][0])) if problem["loc"] else ""  # or about several
             if not message.startswith(option):
                 message = f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}"
             raise InvalidRequest(message) from error
@@ -185,17 +256,26 @@ class RunConfig(CompressionConfig):
     output: Path = Field(description="Directory for the compressed checkpoint.")
     calibration: str = Field(
         default_factory=_text,
-        description="Calibration text: 'wikitext2', 'ptb' or 'alpaca' from the hub; a .txt, .txt.gz, .jsonl or "
-        ".parquet file; 'self', text sampled from the model; or 'none' with a method and an allocation that use no "
-        "text. By default 'none' with these, else 'wikitext2'.",
+        description=f"Calibration text: {', '.join(map(repr, HUB_DATASETS))} from the hub; a .txt, .txt.gz, .jsonl or "
+        ".parquet file; 'self', text sampled from the model; or several, separated by commas, each with its share of "
+        "the windows if not equal: text.jsonl:0.75,self:0.25. 'mix' is the mixture "
+        f"{MIXTURES['mix'].replace(',', ', ')}. 'none', the default where method and allocation use no text; else "
+        "'wikitext2' is.",
+    )
+    profile_from: Path | None = Field(
+        None,
+        description="A profile that 'modegpt profile' made of MODEL: its statistics and predictions are used and no "
+        "calibration text is read. Nothing is evaluated unless --evaluate names a text.",
     )
     evaluate: str = Field(
         default_factory=lambda given: NONE if given.get("calibration") == NONE else HELD_OUT,
-        description="Text for perplexity before and after: 'held-out' (the data set's test split, or the last tenth "
-        "of a file, never calibrated on), another data set or file, or 'none'. By default 'held-out', but 'none' "
-        "without calibration text.",
+        description="Text for perplexity before and after: 'held-out' (of each calibration text the data set's test "
+        "split, or the last tenth of a file, never calibrated on), another data set or file, or 'none'. By default "
+        "'held-out', but 'none' without calibration text.",
     )
-    evaluation_samples: Annotated[int, Field(ge=1)] = Field(8, description="Windows to evaluate on, from the start.")
+    evaluation_samples: Annotated[int, Field(ge=1)] = Field(
+        8, description="Windows to evaluate on, from the start of each text."
+    )
     dtype: Dtype = Field(
         "auto", description="Weight dtype: auto (the checkpoint's; float32 for GGUF), float32, bfloat16 or float16."
     )
@@ -218,9 +298,10 @@ class RunConfig(CompressionConfig):
 
     @field_validator("model", "output", "calibration", "evaluate")
     @classmethod
-    def _usable_name(cls, value: str | Path) -> str | Path:
+    def _usable_name(cls, value: str | Path, info: ValidationInfo) -> str | Path:
         try:
-            too_long = any(len(part.encode()) > 255 for part in Path(value).parts)
+            names = str(value).split(",") if info.field_name == "calibration" else [value]
+            too_long = any(len(part.encode()) > 255 for name in names for part in Path(name).parts)
         except UnicodeEncodeError:
             raise ValueError("not valid Unicode; the report could not hold it") from None
         if too_long:
@@ -245,3 +326,16 @@ class RunConfig(CompressionConfig):
     @classmethod
     def _usable_device(cls, value: str) -> str:
         return usable_device(value)
+
+
+class ProfileConfig(RunConfig):
+    """The making of a profile: everything but how much is removed, which is chosen later."""
+
+    output: Path = Field(description="Directory for the profile.")
+    allocation: Literal["sensitivity"] = "sensitivity"
+    statistics: Literal["dense"] = "dense"
+    evaluate: Literal["none"] = "none"
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> Self:
+        return self

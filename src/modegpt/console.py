@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from .curve import Curve
 from .families import family_rows
 from .plan import Plan
 from .progress import Progress
@@ -178,8 +179,9 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
         f"{size.removed:.2%}",
     )
     if report.perplexity and report.evaluation:
-        label = escape(f"Perplexity ({report.evaluation.source})")
-        table.add_row(label, f"{report.perplexity.dense:.3f}", f"{report.perplexity.compressed:.3f}", "")
+        measured = {report.evaluation.source: report.perplexity, **(report.perplexities or {})}
+        for text, pair in measured.items():
+            table.add_row(escape(f"Perplexity ({text})"), f"{pair.dense:.3f}", f"{pair.compressed:.3f}", "")
     if run is not None:
         table.add_section()
         for name, seconds in run.seconds.items():
@@ -221,6 +223,22 @@ def experts_lines(report: CompressionReport) -> list[str]:
             which = ", ".join(f"{expert} ({tokens[expert]})" for expert in few)
             lines.append(f"Layer {index}: experts calibrated on fewer tokens than they have channels: {which}")
     return lines
+
+
+def curve_table(curve: Curve) -> Table:
+    """Predicted perplexity against size."""
+    table = Table(title=f"Predicted for {escape(curve.source)}", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("removed of the blocks", "parameters", "perplexity", "against dense", ""):
+        table.add_column(column, justify="right")
+    for index, point in enumerate(curve.points):
+        table.add_row(
+            f"{point.ratio:.0%}",
+            f"{point.parameters:,}",
+            f"{point.perplexity:.2f}",
+            f"{point.perplexity / curve.points[0].perplexity:.2f}x",
+            "knee" if index == curve.knee else "",
+        )
+    return table
 
 
 def families_table() -> Table:

@@ -160,6 +160,13 @@ def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
     return 8 * (sum(elements[name] for name in wanted) + sizes.normed)
 
 
+def kept_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
+    """The same as :mod:`modegpt.kept` has it: in float32, of the largest sums about half."""
+    m = sizes.intermediate
+    below_diagonal = sizes.experts * (m**2 - round(_panel_flops(m) / 2)) if "mlp" in wanted else 0
+    return statistics_bytes(sizes, wanted) // 2 - 4 * below_diagonal
+
+
 def elimination_bytes(sizes: Sizes) -> int:
     """What the greedy elimination of an MLP's channels holds at once besides the statistics and the layer.
 

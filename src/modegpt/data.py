@@ -1,7 +1,7 @@
 """Text to token windows: where calibration and evaluation text comes from and how it is cut.
 
-A source is a data set on the hub (``wikitext2``, ``ptb``, ``alpaca``), a local file, or ``self``, text
-sampled from the model. Text is tokenised once, without special tokens, and cut into consecutive
+A source is a data set on the hub (:data:`HUB_DATASETS`), a local file, or ``self``, text sampled from the model
+(several of them: see :mod:`modegpt.mixture`). Text is tokenised once, without special tokens, and cut into consecutive
 windows of equal length, so that no window holds padding.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +26,19 @@ from .errors import InvalidRequest, NumericalError
 HELD_OUT_SHARE = 0.1
 
 SELF = "self"
-#: Windows sampled in one batch. Fixed, because the windows of a batch share a stream of random numbers.
-_SAMPLED_AT_ONCE = 32
+#: Text from the model is sampled in pieces of about this many tokens, and so many at once. Fixed, because the pieces of
+#: a batch share a stream of random numbers.
+PIECE, SAMPLED_AT_ONCE = 256, 64
 FILE_SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A public data set: its address on the hub, the splits to calibrate and evaluate on, and how rows join."""
+    """A public data set: its address on the hub, the splits to calibrate and evaluate on, and how rows join.
+
+    With ``rows``, only so many rows are read, streamed: the first of a split to calibrate on; to evaluate on, the first
+    of another split, or those that follow in the same one.
+    """
 
     path: str
     name: str | None
@@ -39,6 +46,9 @@ class HubDataset:
     evaluation_split: str
     separator: str
     revision: str | None = None
+    files: Mapping[str, str] | None = None
+    """The file of each split, where the splits are not to be looked up."""
+    rows: int | None = None
 
 
 HUB_DATASETS: Mapping[str, HubDataset] = {
@@ -47,6 +57,18 @@ HUB_DATASETS: Mapping[str, HubDataset] = {
     "ptb": HubDataset("ptb-text-only/ptb_text_only", None, "train", "test", " ", "refs/convert/parquet"),
     # Alpaca has one split: the last tenth of its rows is the evaluation part.
     "alpaca": HubDataset("tatsu-lab/alpaca", None, "train[:90%]", "train[90%:]", "\n\n"),
+    # The following are far too large to download. Each of these numbers of rows is some two million tokens or more.
+    "fineweb-edu": HubDataset("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "train", "\n\n", rows=2000),
+    "c4": HubDataset(
+        *("allenai/c4", None, "train", "validation", "\n\n"),
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        rows=5000,
+    ),
+    "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", None, "train_sft", "test_sft", "\n\n", rows=2000),
+    "codeparrot": HubDataset("codeparrot/codeparrot-clean-valid", None, "train", "train", "\n\n", rows=1000),
 }
 
 
@@ -103,15 +125,18 @@ def describe(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def check_source(source: str, *, option: str, allow_self: bool = False) -> None:
-    """Refuse a ``source`` that names neither a known data set nor an existing file of a known kind."""
+def check_source(source: str, *, option: str, allow_self: bool = False, also: Iterable[str] = ()) -> None:
+    """Refuse a ``source`` that names neither a known data set nor an existing file of a known kind.
+
+    ``also`` are other names to propose.
+    """
     names = [*HUB_DATASETS, *([SELF] if allow_self else [])]
     if source in names:
         return
-    path = Path(source)
-    if path.is_file() and source.endswith(FILE_SUFFIXES):
+    if os.path.isfile(source) and source.endswith(FILE_SUFFIXES):
         return
-    problem = "no such file" if not path.exists() else "not a file of a known kind"
+    names += also
+    problem = "no such file" if not os.path.exists(source) else "not a file of a known kind"
     raise InvalidRequest(
         f"{option} {source!r}: {problem}; use one of {', '.join(names)} or a file ending in {', '.join(FILE_SUFFIXES)}"
     )
@@ -172,36 +197,45 @@ def split_held_out(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.
 
 
 @torch.no_grad()
-def sample_from_model(model: PreTrainedModel, start_token: int, count: int, length: int, seed: int) -> TokenWindows:
-    """``count`` windows of ``length`` tokens sampled from ``model`` itself at temperature 1 after ``start_token``.
+def sample_from_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int
+) -> TokenWindows:
+    """``count`` windows of ``length`` tokens written by ``model`` itself, sampled at temperature 1.
 
-    An end-of-text token does not end a window: what the model writes after it is sampled as well. The model's own
-    generation settings are left out of it.
+    A window is a row of pieces of at most :data:`PIECE` tokens, each begun with a token drawn uniformly from the
+    vocabulary: short pieces are sampled in a fraction of the time, many at once, and are on more subjects. An
+    end-of-text token does not end a piece. The model's own generation settings are left out of it.
     """
-    device = model.device
-    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length, pad_token_id=start_token)
+    pieces = math.ceil(length / PIECE)
+    size, first, ordinary = math.ceil(length / pieces), _first_tokens(tokenizer), _ordinary_tokens(tokenizer)
+    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=size - 1, pad_token_id=int(ordinary[0]))
     own, model.generation_config = model.generation_config, settings
-    rows = []
+    device, rows = model.device, []
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for first in range(0, count, _SAMPLED_AT_ONCE):
-                prompt = torch.full((min(_SAMPLED_AT_ONCE, count - first), 1), start_token, device=device)
+            starts = ordinary[torch.randint(len(ordinary), (count * pieces, 1))]
+            for batch in starts.split(SAMPLED_AT_ONCE):
+                prompt = torch.cat((first.expand(len(batch), -1), batch), dim=1).to(device)
                 sampled = model.generate(prompt, attention_mask=torch.ones_like(prompt))  # type: ignore[operator]
-                rows.append(sampled[:, 1:].cpu())
+                rows.append(sampled[:, len(first) :].cpu())
     except RuntimeError as error:  # how torch.multinomial reports NaN
         raise NumericalError(f"sampling text from the model failed: {' '.join(str(error).split())}") from error
     finally:
         model.generation_config = own
-    return TokenWindows(torch.cat(rows).contiguous())
+    return TokenWindows(torch.cat(rows).view(count, pieces * size)[:, :length].contiguous())
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token a model's own text starts from; refuses a tokenizer without one."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    raise InvalidRequest("--calibration self needs a tokenizer with a beginning- or end-of-text token")
+def _first_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The beginning-of-text token (1,) where the tokenizer puts it before every text; else none, (0,)."""
+    ids = tokenizer("")["input_ids"]
+    known = tokenizer.bos_token_id is not None and list(ids[:1]) == [tokenizer.bos_token_id]
+    return torch.tensor(ids[:1] if known else [], dtype=torch.int64)
+
+
+def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """All tokens but special ones: (n,), ascending."""
+    return torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
 
 
 def check_length(length: int, config: PreTrainedConfig) -> None:
@@ -223,8 +257,16 @@ def _hub_text(dataset: HubDataset, evaluation: bool) -> str:
     from datasets import load_dataset  # a slow import that local files do not need
 
     split = dataset.evaluation_split if evaluation else dataset.calibration_split
+    options: dict[str, Any] = {"split": split, "revision": dataset.revision}
+    if dataset.files:
+        options["data_files"] = dict(dataset.files)
     try:
-        rows = load_dataset(dataset.path, dataset.name, split=split, revision=dataset.revision)
+        if dataset.rows is None:
+            rows = load_dataset(dataset.path, dataset.name, **options)
+        else:
+            rows = load_dataset(dataset.path, dataset.name, streaming=True, **options)
+            following = evaluation and split == dataset.calibration_split
+            rows = list((rows.skip(dataset.rows) if following else rows).take(dataset.rows))
     except Exception as error:
         message = " ".join(str(error).split())
         raise InvalidRequest(f"data set {dataset.path} could not be loaded from the hub: {message}") from error
@@ -251,7 +293,11 @@ def _file_text(path: Path) -> str:
 
 
 def row_text(row: Any) -> str:
-    """The text of one record: its ``text`` or ``sentence`` field, or an instruction in Alpaca's prompt form."""
+    """The text of one record.
+
+    That is its ``text``, ``sentence`` or ``content`` field, an instruction in Alpaca's prompt form, the ``messages`` of
+    a chat, or the ``passage`` or ``context`` that a task asks about.
+    """
     if isinstance(row, str):
         return row
     if isinstance(row, Mapping):
@@ -261,6 +307,13 @@ def row_text(row: Any) -> str:
         if "instruction" in row and "output" in row:
             given = f"\n\n### Input:\n{row['input']}" if row.get("input") else ""
             return f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n{row['output']}"
+        messages = row.get("messages")
+        if isinstance(messages, list) and all(isinstance(each, Mapping) and "content" in each for each in messages):
+            return "\n\n".join(f"{str(each.get('role')).capitalize()}: {each['content']}" for each in messages)
+        for field in ("passage", "context"):
+            if isinstance(row.get(field), str) and "instruction" not in row:
+                return str(row[field])
     raise InvalidRequest(
-        f"a record needs a 'text', 'sentence' or 'content' field, or Alpaca's fields: {str(row)[:80]!r}"
+        "a record needs a 'text', 'sentence', 'content', 'messages', 'passage' or 'context' field, or Alpaca's fields: "
+        f"{str(row)[:80]!r}"
     )

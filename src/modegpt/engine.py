@@ -29,6 +29,7 @@ from .errors import NumericalError
 from .evaluation import Loss
 from .families import model_geometry
 from .journal import Journal
+from .kept import Kept, unpacked
 from .layered import LayeredModel, place, resident
 from .layout import HeadShape
 from .methods import METHODS, Method
@@ -82,7 +83,9 @@ class Engine:
     ``workers`` share the windows and the solving. With a ``journal`` (the first worker's), finished layers go to
     disk and out of memory, and those already there are not done again; hidden states go where it says. Sensitivities
     are measured on the ``probe`` windows, best others than those that calibrate: the first of these where not given.
-    Without ``windows`` it does what needs no text.
+    The statistics that were gathered on the way are ``kept`` (in the journal's directory, otherwise in memory), and
+    where a finished profile is there already, no ``windows`` are needed; nor where nothing is learnt from text. An
+    engine makes one profile, of one method.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Engine:
         progress: Progress | None = None,
         workers: Workers | None = None,
         journal: Journal | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.dense = dense
         self.family = dense.family
@@ -105,9 +109,10 @@ class Engine:
         self._states = self.workers.tell(journal.states if journal else None)
         self._batch_size = batch_size
         self._attention = "eager" if is_capped(dense.model) else dense.model.config._attn_implementation
-        self.batches = [] if windows is None else self.own_batches(windows)
-        probed = windows if probe is None else probe
-        self.probe = None if probed is None else probed.pieces(PROBE_TOKENS, PROBE_LENGTH)
+        self.kept = kept or (journal.kept if journal else Kept())
+        self.batches = self.own_batches(windows) if windows else []
+        probe = probe or windows
+        self.probe = probe.pieces(PROBE_TOKENS, PROBE_LENGTH) if probe else None
         self.runner = LayerRunner(dense, self.batches, self.workers)
 
     def geometry(self, method: Method) -> list[LayerGeometry]:
@@ -146,7 +151,8 @@ class Engine:
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
         geometry = self.geometry(METHODS[config.method].from_config(config))
-        average(config, geometry)  # refuses what is out of reach
+        if config.ratio is not None:
+            average(config, geometry)  # refuses what is out of reach
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
         elif config.allocation != "uniform":
@@ -155,14 +161,14 @@ class Engine:
 
     def profile(self, config: CompressionConfig) -> Profile:
         """What compressing each module alone costs, see :class:`modegpt.profile.Profiler`."""
-        known = self.workers.tell(self._journal.profile if self._journal else None)
+        known = self.workers.tell(self.kept.profile)
         if known is not None:
             return known
-        method = METHODS[config.method].from_config(config)
         assert self.probe is not None
+        method = METHODS[config.method].from_config(config)
         profile = Profiler(self, method, config.modules, self.probe).run(config.seed)
-        if self._journal:
-            self._journal.keep_profile(profile)
+        if self.workers.first:
+            self.kept.finish(profile)
         return profile
 
     def block_influence(self) -> list[tuple[float, float, float]]:
@@ -214,28 +220,32 @@ class Engine:
     def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
         """The layer loop: gather, solve, keep, pass on.
 
-        Layers that the journal already has are only passed through, and only as far as another one needs it.
+        Layers that the journal already has are only passed through, and only as far as another one needs it. Where
+        dense statistics were kept with a profile, nothing runs at all.
         """
         count, geometry = len(self.dense.layers), self.geometry(method)
         thin = self.skeleton(geometry, choice.ranks)
         solver = LayerSolver(self.dense, geometry, self.workers, self.progress)
         done = self.workers.tell(self._journal.finished if self._journal else {})
+        kept = not sequential and self.workers.tell(self.kept.profile is not None)
         open_layers = [index for index in range(count) if index not in done]
         hidden = self.activations("compress", self.batches)
-        start = self._restore(hidden, open_layers[0]) if open_layers else 0
+        start = self._restore(hidden, open_layers[0]) if open_layers and not kept else 0
 
         thin_runner = LayerRunner(thin, self.batches, self.workers)
         results: dict[int, LayerResult] = dict(done)
         with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
                 # The outputs, by a later layer.
-                needed = bool(method.statistics and open_layers) and start <= index < open_layers[-1]
+                needed = bool(method.statistics and open_layers) and not kept and start <= index < open_layers[-1]
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
-                        statistics = self.calibrate(
-                            index, layer, hidden, method.statistics, keep=needed and through_dense
+                        statistics = (
+                            self._kept(index)
+                            if kept
+                            else self.calibrate(index, layer, hidden, method.statistics, keep=needed and through_dense)
                         )
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
@@ -302,6 +312,12 @@ class Engine:
         if not statistics.is_finite():
             raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
         return statistics
+
+    def _kept(self, index: int) -> LayerStatistics:
+        """The statistics of layer ``index`` that the first worker has kept."""
+        self.progress.detail("reading the statistics")
+        own = self.kept.tensors(index) if self.workers.first else None
+        return unpacked(self.workers.tensors(own, 0, self.dense.device))
 
     def _pass_on(self, model: LayeredModel, runner: LayerRunner, index: int, hidden: Activations) -> None:
         self.progress.detail("passing on")

@@ -25,8 +25,9 @@ from typing_extensions import Self
 from .data import TokenWindows
 from .errors import InvalidRequest, NumericalError
 from .files import replace_file, sha256_of, storing
+from .kept import KeptOnDisk
 from .parallel import restarts
-from .results import LayerResult, Profile
+from .results import LayerResult
 
 #: Where an older checkpoint waits while the new one is put in its place.
 REPLACED = "replaced"
@@ -49,7 +50,6 @@ class _Manifest(BaseModel):
     starts: int = 0
     fingerprint: dict[str, Any]
     influence: list[tuple[float, float, float]] | None = None
-    profile: Profile | None = None
     layers: dict[int, _LayerRecord] = {}
     perplexity: dict[str, float] = {}
     published: str | None = None
@@ -70,6 +70,8 @@ class Journal:
     def __init__(self, directory: Path, manifest: _Manifest) -> None:
         self.directory = directory
         self._manifest = manifest
+        self.profile = directory / "profile"
+        self.kept = KeptOnDisk(self.profile)
         self._broken = [index for index, record in manifest.layers.items() if not self._intact(index, record)]
         for index in self._broken:
             del manifest.layers[index]
@@ -87,7 +89,7 @@ class Journal:
     @property
     def worth_keeping(self) -> bool:
         """Whether anything was finished."""
-        return bool(self._manifest.layers or self._manifest.influence or self._manifest.profile or self.windows())
+        return bool(self._manifest.layers or self._manifest.influence or self.kept.profile or self.windows())
 
     @property
     def run(self) -> str:
@@ -122,16 +124,6 @@ class Journal:
     def keep_influence(self, scores: list[tuple[float, float, float]]) -> None:
         """Note the block-influence scores."""
         self._manifest.influence = scores
-        self._write()
-
-    @property
-    def profile(self) -> Profile | None:
-        """What compressing each module costs, once it is known."""
-        return self._manifest.profile
-
-    def keep_profile(self, profile: Profile) -> None:
-        """Note what compressing each module costs."""
-        self._manifest.profile = profile
         self._write()
 
     def perplexity(self, model: str) -> float | None:

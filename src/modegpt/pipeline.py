@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from .checkpoint import check_output, load, publish, published
-from .config import HELD_OUT, NONE, RunConfig
+from .checkpoint import check_output, publish, publish_profile, published
+from .config import HELD_OUT, NONE, ProfileConfig, RunConfig
 from .data import (
-    HUB_DATASETS,
     SELF,
     TokenWindows,
     check_length,
     check_source,
-    first_windows,
-    other_windows,
-    random_windows,
     read_text,
     sample_from_model,
-    split_held_out,
-    start_token,
     tokenize,
 )
 from .engine import Compression, Engine
 from .errors import InvalidRequest
-from .evaluation import perplexity
 from .families import check_family, check_model
 from .journal import Journal, check_unfinished, open_journal
+from .kept import Kept, open_kept
 from .layered import LayeredModel
-from .modeling import is_compressed
+from .mixture import Cut, Mixture, Texts, interleave, leading_windows, read_mixture
+from .origin import Origin, model_identity, profile_hash
 from .parallel import Workers, local_device, processes, restarts, workers
 from .plan import Plan, Shape, check_plan, make_plan
-from .profile import probe_windows
+from .profile import probe_shape
 from .progress import Progress
 from .report import (
     CompressionReport,
@@ -51,7 +47,7 @@ from .report import (
     peak_memory,
     versions,
 )
-from .sources import Dtype, ModelSource, check_vocabulary, usable_device
+from .sources import ModelSource, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,16 +59,10 @@ class Request:
     model_config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     plan: Plan
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The windows of a run; None where they can only be made once the model is loaded, or are not wanted."""
-
-    calibration: TokenWindows | None
-    evaluation: TokenWindows | None
-    probe: TokenWindows | None = None
-    """What sensitivities are measured on; None where that is some of the calibration windows."""
+    origin: Origin | None = None
+    """Of the profile that it goes by, where there is one."""
+    kept: Kept | None = None
+    """The profile itself."""
 
 
 def compress_to_directory(
@@ -90,8 +80,8 @@ def compress_to_directory(
     request = check_request(config, timed=show is not None)
     if show is not None:
         show(request.plan)
-    with workers(request.config.device) as crew:
-        return _compress(request, (progress or Progress()) if crew.first else Progress(), crew, command)
+    with workers(request.config.device) as crew, _opened(request, progress, crew) as run:
+        return _compress(run, command)
 
 
 def check_request(config: RunConfig, *, timed: bool) -> Request:
@@ -102,17 +92,23 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     )
     source = ModelSource(config.model, config.trust_remote_code)
     source.check()
-    texts_read = [name for name in (config.calibration, config.evaluate) if Path(name).is_file()]
+    origin, kept = None, None
+    if config.profile_from is not None:
+        origin, kept = Origin.read(config.profile_from), open_kept(config.profile_from)
+        config = origin.applied(config)
+    mixture = Mixture.parse(SELF if origin or config.calibration == NONE else config.calibration)
+    evaluated = [config.evaluate] if Path(config.evaluate).is_file() else []
     finished = published(config.output) and not config.restart
     if not finished:
-        check_output(config.output, overwrite=config.overwrite, inputs=[config.model, *texts_read])
-    if config.calibration != NONE:
-        check_source(config.calibration, option="--calibration", allow_self=True)
+        inputs = [config.model, *mixture.files, *evaluated, *([str(config.profile_from)] if origin else [])]
+        profile = isinstance(config, ProfileConfig)
+        check_output(config.output, overwrite=config.overwrite, inputs=inputs, profile=profile)
+    mixture.check(config.samples)
     if config.evaluate not in (HELD_OUT, NONE):
         check_source(config.evaluate, option="--evaluate")
-    if len(texts_read) == 2 and Path(config.evaluate).samefile(config.calibration):
+    if any(Path(name).samefile(source) for name in evaluated for source in mixture.files):
         raise InvalidRequest(
-            f"--evaluate {config.evaluate!r} is the calibration text; use 'held-out' to keep a part of it"
+            f"--evaluate {config.evaluate!r} is a calibration text; use 'held-out' to keep a part of it"
         )
     batches = math.ceil(config.samples / config.batch_size)
     count = processes(config.devices, config.device)
@@ -121,14 +117,14 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
             f"--devices {count}: there are {batches} batches to share; use fewer processes, more "
             "--samples or a smaller --batch-size"
         )
-    model_config, plan, shape = plan_request(config, timed=timed)
+    config, model_config, plan, shape = plan_request(config, timed=timed)
+    if origin is not None:
+        origin.check(model_identity(model_config, source.fingerprint()))
     if not finished:
         check_plan(plan, config, shape)
     tokenizer = source.tokenizer()
     check_vocabulary(tokenizer, model_config)
-    if config.calibration == SELF:
-        start_token(tokenizer)
-    return Request(config, source, model_config, tokenizer, plan)
+    return Request(config, source, model_config, tokenizer, plan, origin, kept)
 
 
 def check_start(config: RunConfig) -> None:
@@ -137,17 +133,34 @@ def check_start(config: RunConfig) -> None:
     check_unfinished(config.output, _fingerprint(request, read_texts(config, request.tokenizer)), config.restart)
 
 
-def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[PreTrainedConfig, Plan, Shape]:
-    """The model's config, what ``config`` will take, and the shape that this follows from."""
+def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[RunConfig, PreTrainedConfig, Plan, Shape]:
+    """``config`` with its ratio, the model's config, what it will take, and the shape that this follows from."""
+    if config.profile_from is not None:
+        config = Origin.read(config.profile_from).applied(config)
     source = ModelSource(config.model, config.trust_remote_code)
     model_config = source.config()
     check_family(model_config)
     if config.calibrates or config.evaluate != NONE:
         check_length(config.sequence_length, model_config)
-    return model_config, *make_plan(config, source, model_config, timed=timed)
+    config, plan, shape = make_plan(config, source, model_config, timed=timed)
+    return config, model_config, plan, shape
 
 
-def _compress(request: Request, progress: Progress, crew: Workers, command: str | None) -> CompressionReport:
+@dataclass(frozen=True)
+class _Run:
+    """A request under way."""
+
+    request: Request
+    texts: Texts
+    engine: Engine
+    journal: Journal | None
+    """The first worker's."""
+
+
+@contextmanager
+def _opened(request: Request, progress: Progress | None, crew: Workers) -> Iterator[_Run]:
+    """Read the texts and open the model and the journal."""
+    progress = (progress if crew.first else None) or Progress()
     config, source = request.config, request.source
     with progress.phase("text"):
         texts = read_texts(config, request.tokenizer)
@@ -155,34 +168,76 @@ def _compress(request: Request, progress: Progress, crew: Workers, command: str 
         dense = source.streamed(request.model_config, config.dtype, config.device)
     check_model(dense.model, loaded=False)
     with _journal(request, texts, crew) as journal:
-        if crew.tell(journal is not None and published(config.output)):
-            report = CompressionReport.read(config.output)
-            if journal is not None:
-                journal.remove()
-            return report
         if journal is not None and journal.starts > 1:
             again = f"; done again because damaged: {', '.join(map(str, journal.broken))}" if journal.broken else ""
             progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
-        calibration, evaluation = _sampled(request, texts, journal, crew, progress)
-        batch_size = config.batch_size
+        texts = _sampled(request, texts, journal, crew, progress)
         engine = Engine(
-            dense, calibration, batch_size, probe=texts.probe, progress=progress, workers=crew, journal=journal
+            dense,
+            texts.calibration if texts.parts else None,
+            config.batch_size,
+            probe=texts.probe_windows,
+            progress=progress,
+            workers=crew,
+            journal=journal,
+            kept=request.kept,
         )
         with engine.active():
-            result = engine.run(config)
-        report = build_report(
-            dense.model,
-            result,
-            config,
-            TextFacts.of(config.calibration, calibration),
-            command=command or f"modegpt.compress_to_directory({config!r})",
-            source=config.model,
-            evaluation=_evaluation_facts(config, evaluation),
-            perplexity=_perplexities(engine, result, evaluation, journal, crew, progress),
-        )
+            yield _Run(request, texts, engine, journal)
+
+
+def _compress(run: _Run, command: str | None) -> CompressionReport:
+    config, engine, journal, texts = run.request.config, run.engine, run.journal, run.texts
+    if engine.workers.tell(journal is not None and published(config.output)):
+        report = CompressionReport.read(config.output)
         if journal is not None:
-            _publish(request, journal, result, report, crew, progress)
+            journal.remove()
         return report
+    result, origin = engine.run(config), run.request.origin
+    report = build_report(
+        engine.dense.model,
+        result,
+        config,
+        origin.calibration if origin else _calibration_facts(config, texts),
+        command=command or f"modegpt.compress_to_directory({config!r})",
+        source=config.model,
+        evaluation=_evaluation_facts(config, texts),
+        perplexities=_perplexities(engine, result, texts.evaluation, journal),
+    )
+    if journal is not None:
+        _publish(run.request, journal, result, report, engine)
+    return report
+
+
+def profile_to_directory(
+    config: ProfileConfig,
+    progress: Progress | None = None,
+    *,
+    command: str | None = None,
+    show: Callable[[Plan], object] | None = None,
+) -> Origin:
+    """Make the profile that ``config`` describes, for ``profile_from`` of later compressions.
+
+    Refusals, ``command`` and ``show`` as for :func:`compress_to_directory`.
+    """
+    request = check_request(config, timed=show is not None)
+    if show is not None:
+        show(request.plan)
+    with workers(request.config.device) as crew, _opened(request, progress, crew) as run:
+        run.engine.profile(request.config)
+        origin = Origin(
+            command=command or f"modegpt.profile_to_directory({config!r})",
+            versions=versions(),
+            source=config.model,
+            model=model_identity(request.model_config, request.source.fingerprint()),
+            dtype=str(run.engine.dense.model.dtype).removeprefix("torch."),
+            options=request.config.settings(),
+            calibration=_calibration_facts(config, run.texts),
+            probe=None if run.texts.probe_windows is None else TextFacts.of("probe", run.texts.probe_windows),
+        )
+        if run.journal is not None:
+            publish_profile(run.journal, config.output, origin, request.model_config, overwrite=config.overwrite)
+    return origin
 
 
 def _publish(
@@ -190,15 +245,14 @@ def _publish(
     journal: Journal,
     result: Compression,
     report: CompressionReport,
-    crew: Workers,
-    progress: Progress,
+    engine: Engine,
 ) -> None:
     """Put the checkpoint in its place, with what the run took beside it."""
     facts = RunFacts(
-        seconds=progress.seconds,
+        seconds=engine.progress.seconds,
         peak_memory_bytes=peak_memory(),
         peak_device_memory_bytes=peak_device_memory(result.thin.device),
-        processes=crew.size,
+        processes=engine.workers.size,
         starts=journal.starts,
         planned=request.plan.model_dump(mode="json"),
     )
@@ -232,141 +286,85 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
     options = {f"--{name.replace('_', '-')}": value for name, value in config.settings().items()}
     del options["--model"], options["--trust-remote-code"]  # what counts is the model that was found there
     options["--device"] = torch.device(config.device).type
-    tokens = {"calibration": texts.calibration, "evaluation": texts.evaluation, "probe": texts.probe}
     return {
         "the model's config": sha256(request.model_config.to_json_string().encode()).hexdigest(),
         "the model's weights": request.source.fingerprint(),
         **options,
-        **{f"the {name} tokens": None if windows is None else windows.sha256() for name, windows in tokens.items()},
+        "--profile-from": None if config.profile_from is None else profile_hash(config.profile_from),
+        **{f"the {name} tokens": number for name, number in texts.hashes().items()},
         **{f"the version of {name}": number for name, number in versions().items()},
     }
 
 
 def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """Calibration and evaluation windows. Held-out windows never overlap calibration windows."""
+    """The windows of a run, as far as the model does not write them itself."""
     length, count = config.sequence_length, config.evaluation_samples
-    calibration_what, evaluation_what = f"--calibration {config.calibration}", f"--evaluate {config.evaluate}"
-    held_out: torch.Tensor | None = None
-    calibration: TokenWindows | None = None
-    probe: TokenWindows | None = None
-    reads = config.calibrates or config.evaluate == HELD_OUT
-    if config.calibration not in (SELF, NONE) and reads:
-        ids = tokenize(tokenizer, read_text(config.calibration))
-        reserved = 0
-        if config.evaluate == HELD_OUT and config.calibration in HUB_DATASETS:
-            held_out = tokenize(tokenizer, read_text(config.calibration, evaluation=True))
-        elif config.evaluate == HELD_OUT:
-            ids, held_out = split_held_out(ids, length)
-            reserved = len(held_out)
-        if config.calibrates:
-            calibration = random_windows(
-                ids, config.samples, length, config.seed, what=calibration_what, reserved=reserved
-            )
-        if config.allocation == "sensitivity":
-            probe = other_windows(ids, probe_windows(length), length, config.seed, but=config.samples)
+    texts, held_out = Texts(config.seed), config.evaluate == HELD_OUT
+    if config.profile_from is None and config.calibration != NONE and (config.calibrates or held_out):
+        mixture = Mixture.parse(config.calibration)
+        cut = Cut(
+            samples=config.samples,
+            length=length,
+            seed=config.seed,
+            held_out=count if held_out else 0,
+            probe=probe_shape(length, len(mixture.shares)) if config.allocation == "sensitivity" else None,
+        )
+        texts = read_mixture(mixture, tokenizer, cut)
+        if not config.calibrates:  # what is held out is all that is wanted
+            texts = replace(texts, parts={}, written={**texts.written, "parts": 0} if texts.written else {})
     if config.evaluate not in (HELD_OUT, NONE):
-        held_out = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
-    if held_out is None:
-        return Texts(calibration, None, probe)
-    available = max(1, min(count, len(held_out) // length))
-    return Texts(calibration, first_windows(held_out, available, length, what=evaluation_what), probe)
+        ids = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
+        windows = leading_windows(ids, count, length, what=f"--evaluate {config.evaluate}")
+        texts = replace(texts, evaluation={config.evaluate: windows})
+    return texts
 
 
-def _sampled(
-    request: Request, texts: Texts, journal: Journal | None, crew: Workers, progress: Progress
-) -> tuple[TokenWindows | None, TokenWindows | None]:
-    """Calibration and evaluation windows; for ``self``, sampled from the model, where not yet done."""
-    config = request.config
-    extra = config.evaluation_samples if config.evaluate == HELD_OUT else 0
-    count = config.samples if config.calibrates else 0
-    if config.calibration != SELF or not count + extra:
-        return texts.calibration, texts.evaluation
+def _sampled(request: Request, texts: Texts, journal: Journal | None, crew: Workers, progress: Progress) -> Texts:
+    """``texts`` with what the model is to write, which is sampled from it where not yet done."""
+    config, count = request.config, sum(texts.written.values())
+    if count == 0:
+        return texts
     windows = journal.windows() if journal else None
     if crew.first and windows is None:
         with progress.phase("sample"):
             model = request.source.model(config.dtype, config.device)
-            start = start_token(request.tokenizer)
-            windows = sample_from_model(model, start, count + extra, config.sequence_length, config.seed)
+            windows = sample_from_model(model, request.tokenizer, count, config.sequence_length, config.seed)
             del model
         assert journal is not None
         journal.keep_windows(windows)
     ids = crew.tell(None if windows is None else windows.ids)
     assert ids is not None
-    calibration = TokenWindows(ids[:count].contiguous()) if count else None
-    # Those held out were sampled after the others.
-    return calibration, TokenWindows(ids[count:].contiguous()) if extra else texts.evaluation
+    return texts.complete(TokenWindows(ids))
 
 
 def _perplexities(
     engine: Engine,
     result: Compression,
-    windows: TokenWindows | None,
+    texts: Mapping[str, TokenWindows],
     journal: Journal | None,
-    crew: Workers,
-    progress: Progress,
-) -> Pair | None:
-    """Perplexity of both models, one layer at a time."""
-    if windows is None:
-        return None
+) -> dict[str, Pair]:
+    """Perplexity of both models on each of ``texts``, one layer at a time."""
+    if not texts:
+        return {}
     models: dict[str, LayeredModel] = {"dense": engine.dense, "compressed": result.thin}
-    values = {}
-    with progress.phase("evaluate", sum(len(model.layers) for model in models.values())):
-        for name, model in models.items():
-            known = crew.tell(journal.perplexity(name) if journal else None)
-            values[name] = engine.perplexity(model, windows) if known is None else known
+    values: dict[str, dict[str, float]] = {text: {} for text in texts}
+    with engine.progress.phase("evaluate", len(texts) * sum(len(model.layers) for model in models.values())):
+        for (text, windows), (name, model) in itertools.product(texts.items(), models.items()):
+            key = f"{name} on {text}"
+            known = engine.workers.tell(journal.perplexity(key) if journal else None)
+            value = engine.perplexity(model, windows) if known is None else known
+            values[text][name] = value
             if journal is not None and known is None:
-                journal.keep_perplexity(name, values[name])
-    return Pair(**values)
+                journal.keep_perplexity(key, value)
+    return {text: Pair(**pair) for text, pair in values.items()}
 
 
-def _evaluation_facts(config: RunConfig, windows: TokenWindows | None) -> TextFacts | None:
-    if windows is None:
+def _calibration_facts(config: RunConfig, texts: Texts) -> TextFacts:
+    return TextFacts.of(config.calibration, texts.calibration if texts.parts else None, texts.parts)
+
+
+def _evaluation_facts(config: RunConfig, texts: Texts) -> TextFacts | None:
+    if not texts.evaluation:
         return None
-    return TextFacts.of(f"{config.calibration}, held out" if config.evaluate == HELD_OUT else config.evaluate, windows)
-
-
-def open_model(
-    address: str, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, Callable[[], PreTrainedModel]]:
-    """A dense or compressed model's tokenizer, its config, and how to load it for inference, once all is checked."""
-    source = ModelSource(address, trust_remote_code)
-    source.check()
-    device = usable_device(device)
-    if dtype not in get_args(Dtype):
-        raise InvalidRequest(f"--dtype {dtype!r}: use one of {', '.join(get_args(Dtype))}")
-    config, tokenizer = source.config(), source.tokenizer()
-    check_vocabulary(tokenizer, config)
-    if is_compressed(config.model_type):
-        return tokenizer, config, lambda: load(address, dtype=dtype, device=device)
-    return tokenizer, config, lambda: source.model(cast(Dtype, dtype), device)
-
-
-def evaluate_perplexity(
-    address: str,
-    text: str,
-    *,
-    samples: int | None = None,
-    sequence_length: int = 2048,
-    batch_size: int = 1,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> tuple[float, TokenWindows]:
-    """Perplexity of the model at ``address`` on the first ``samples`` windows of ``text`` (all where None)."""
-    progress = progress or Progress()
-    check_source(text, option="--perplexity")
-    least = {"samples": (samples, 1), "sequence-length": (sequence_length, 2), "batch-size": (batch_size, 1)}
-    for name, (value, smallest) in least.items():
-        if value is not None and value < smallest:
-            raise InvalidRequest(f"--{name} {value}: must be at least {smallest}")
-    tokenizer, config, open_it = open_model(address, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    check_length(sequence_length, config)
-    with progress.phase("text"):
-        ids = tokenize(tokenizer, read_text(text, evaluation=True))
-    count = max(1, len(ids) // sequence_length) if samples is None else samples
-    windows = first_windows(ids, count, sequence_length, what=f"--perplexity {text}")
-    with progress.phase("load"):
-        model = open_it()
-    with progress.phase("evaluate", math.ceil(len(windows) / batch_size)):
-        return perplexity(model, windows, batch_size, progress), windows
+    source = f"{config.calibration}, held out" if config.evaluate == HELD_OUT else config.evaluate
+    return TextFacts.of(source, interleave(list(texts.evaluation.values()), texts.seed), texts.evaluation)

@@ -21,18 +21,20 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
+from .aims import with_ratio
 from .choosing import average
-from .config import HELD_OUT, NONE, RunConfig
+from .config import HELD_OUT, NONE, ProfileConfig, RunConfig
 from .costs import (
     Sizes,
     forward_bytes,
     forward_flops,
     gram_flops,
     head_flops,
+    kept_bytes,
     resized,
     statistics_bytes,
 )
-from .data import SELF, TokenWindows
+from .data import PIECE, SAMPLED_AT_ONCE, SELF, TokenWindows
 from .errors import InvalidRequest
 from .families import family_of, model_geometry
 from .files import existing_parent
@@ -40,6 +42,7 @@ from .journal import left_behind
 from .layered import LayeredModel, resident
 from .layout import HeadShape, expert_count
 from .methods import METHODS
+from .mixture import Mixture
 from .parallel import Workers, processes, processes_here
 from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
 from .runner import HEAD_POSITIONS, LayerRunner
@@ -51,6 +54,7 @@ from .weights import read_mlp, read_query_key, read_value_output
 OVERHEAD_BYTES = 100_000_000
 #: Allowance for a GPU's context and the libraries' workspaces on it.
 DEVICE_OVERHEAD_BYTES = 700_000_000
+_LITTLE = 0.01
 _PROBE_WIDTH, _PROBE_TOKENS, _PROBE_VOCABULARY, _PROBES = 1024, 2048, 2048, 2
 
 
@@ -149,10 +153,11 @@ def shape_of(model: PreTrainedModel, item: int) -> Shape:
 
 def make_plan(
     config: RunConfig, source: ModelSource, model_config: PreTrainedConfig, *, timed: bool
-) -> tuple[Plan, Shape]:
+) -> tuple[RunConfig, Plan, Shape]:
     """The plan of ``config`` and the model's shape; ``timed`` plans include times, measured in some seconds.
 
-    Raises :class:`InvalidRequest` for a config that describes no model, and for a ratio out of reach.
+    The first is ``config`` with the ratio that its target comes to. Raises :class:`InvalidRequest` for a config that
+    describes no model, and for a ratio out of reach.
     """
     try:
         model = empty_model(model_config, config.trust_remote_code)
@@ -161,12 +166,24 @@ def make_plan(
     except Exception as error:  # a config can be valid by itself and still describe no model
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
+    config = with_ratio(config, model, dtype.itemsize)
     geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    average(config, geometry)  # refuses what is out of reach
+    if config.ratio is not None:
+        average(config, geometry)  # refuses what is out of reach
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
-    return plan, shape
+    return config, plan, shape
+
+
+def _profiles(config: RunConfig) -> bool:
+    """Whether the run makes a profile."""
+    return config.allocation == "sensitivity" and config.profile_from is None
+
+
+def _ratio(config: RunConfig) -> float:
+    """What is removed; where that is chosen on the way, little, which takes most memory and disk."""
+    return _LITTLE if config.ratio is None else config.ratio
 
 
 def predict(config: RunConfig, shape: Shape, *, on_gpu: bool | None = None) -> Plan:
@@ -259,10 +276,15 @@ def _larger(one: list[Part], other: list[Part]) -> list[Part]:
 
 def _sampling(config: RunConfig, shape: Shape) -> list[Part]:
     """What is held while text is sampled from the model: all of it, beside what is read for the layer loop."""
-    if config.calibration != SELF or not (config.calibrates or config.evaluate == HELD_OUT):
+    if not Mixture.parse(config.calibration).written or not (config.calibrates or config.evaluate == HELD_OUT):
         return []
-    whole = shape.rest * shape.item + shape.layers
-    return [Part(name="whole model", bytes=whole), Part(name="embeddings and head", bytes=shape.rest * shape.item)]
+    whole, sizes = shape.rest * shape.item + shape.layers, shape.sizes
+    cached = SAMPLED_AT_ONCE * min(PIECE, config.sequence_length) * sizes.layers
+    return [
+        Part(name="whole model", bytes=whole),
+        Part(name="embeddings and head", bytes=shape.rest * shape.item),
+        Part(name="keys and values", bytes=2 * cached * sizes.groups * sizes.head * shape.item),
+    ]
 
 
 def _device(config: RunConfig, shape: Shape) -> list[Part]:
@@ -276,7 +298,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
-    kept = 1 - config.ratio if config.allocation == "uniform" else 1 - config.ratio / 2
+    kept = 1 - _ratio(config) if config.allocation == "uniform" else 1 - _ratio(config) / 2
     method = METHODS[config.method].from_config(config)
     solve = statistics + method.solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     logits = 0
@@ -291,9 +313,13 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _disk(config: RunConfig, shape: Shape) -> list[Part]:
-    weights = round(shape.layers - config.ratio * shape.layers) + shape.rest * shape.item
+    kept = shape.sizes.layers * kept_bytes(shape.sizes, METHODS[config.method].statistics)
+    statistics = [Part(name="statistics", bytes=kept)] if _profiles(config) else []
+    if isinstance(config, ProfileConfig):
+        return statistics
+    weights = round((1 - _ratio(config)) * shape.layers) + shape.rest * shape.item
     # Finished layers stay until the checkpoint made of them is in its place.
-    return [Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
+    return [*statistics, Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
 
 
 def _states(config: RunConfig, shape: Shape) -> int:
@@ -305,7 +331,7 @@ def _states(config: RunConfig, shape: Shape) -> int:
 
 def _streams(config: RunConfig, shape: Shape) -> list[Part]:
     """The hidden states of the probe windows with each module alone compressed."""
-    if config.allocation != "sensitivity":
+    if not _profiles(config):
         return []
     length = min(PROBE_LENGTH, config.sequence_length)
     windows = _share(config, probe_windows(config.sequence_length))
@@ -327,13 +353,29 @@ class Rates:
     gram: float
     solve: float
     head: float
+    sample: float
+
+
+def _evaluated_texts(config: RunConfig) -> int:
+    """How many texts perplexity is measured on: each source's held-out part, or one that is named."""
+    if config.evaluate != HELD_OUT:
+        return 0 if config.evaluate == NONE else 1
+    return max(1, len(Mixture.parse(config.calibration).shares.keys() - {SELF}))
+
+
+def _sampled_tokens(config: RunConfig) -> int:
+    """Calibration tokens that the model is to write."""
+    if not config.calibrates:
+        return 0
+    mixture = Mixture.parse(config.calibration)
+    return mixture.counts(max(config.samples, len(mixture.shares))).get(SELF, 0) * config.sequence_length
 
 
 def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhasePlan]:
-    sizes, kept = shape.sizes, 1 - config.ratio
+    sizes, kept = shape.sizes, 1 - _ratio(config)
     window = config.sequence_length
     tokens = _share(config, config.samples) * window
-    evaluated = 0 if config.evaluate == NONE else _share(config, config.evaluation_samples) * window
+    evaluated = _evaluated_texts(config) * _share(config, config.evaluation_samples) * window
     dense = sizes.layers * forward_flops(sizes, window)
     thin = sizes.layers * forward_flops(sizes, window, kept)
     method = METHODS[config.method].from_config(config)
@@ -345,17 +387,24 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         seconds = None if rates is None else sum(count / getattr(rates, kind) for kind, count in flops.items() if count)
         return PhasePlan(name=name, flops=sum(flops.values()), seconds=seconds)
 
+    profiled = _profiles(config)
     gram = tokens * sizes.layers * gram_flops(sizes, METHODS[config.method].statistics, window)
     phases = []
-    if config.allocation == "sensitivity":
+    if sampled := _sampled_tokens(config):
+        one = sizes.layers * forward_flops(sizes, min(PIECE, window)) + head_flops(sizes.hidden, shape.vocabulary)
+        phases.append(phase("sample", sample=sampled * one))
+    if profiled:
         # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
         forward = (tokens * dense if method.statistics else 0) + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
-    elif config.allocation != "uniform":
+    elif config.allocation.startswith("block"):
         phases.append(phase("scores", forward=tokens * dense))
-    if method.statistics:
+    if isinstance(config, ProfileConfig):
+        return phases
+    dense_kept = config.statistics == "dense" and (profiled or config.profile_from)
+    if method.statistics and not dense_kept:
         phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     phases.append(phase("solve", solve=solve))
     if method.statistics and config.statistics == "sequential":
@@ -371,7 +420,7 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
     real = Sizes.of(model)
     on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
     sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
-    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - config.ratio
+    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - _ratio(config)
     method = METHODS[config.method].from_config(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -386,6 +435,9 @@ def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rat
         / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
         solve=sum(method.solve_flops(module, sizes, kept) for module in method.modules) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
+        sample=SAMPLED_AT_ONCE
+        * (forward_flops(sizes, 1) + head_flops(sizes.hidden, _PROBE_VOCABULARY))
+        / seconds["sample"],
     )
 
 
@@ -402,7 +454,7 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
         seconds[name] = min(time.perf_counter() - started, seconds.get(name, math.inf))  # the first time warms up
 
     def rank(full: int) -> int:
-        return max(1, round((1 - config.ratio) * full))
+        return max(1, round((1 - _ratio(config)) * full))
 
     method, family = METHODS[config.method].from_config(config), model.family.description
     layer, hidden = model.layers[0], Activations(1)
@@ -419,6 +471,10 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
             with clock("head"):
                 list(runner.head(0, hidden))
             hidden.remove()
+    with torch.no_grad():
+        for _ in range(_PROBES):
+            with clock("sample"):
+                model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
     statistics = collector.result(Workers())
     of_mlp = statistics.of_expert(0) if experts else statistics
     enough = config.samples * config.sequence_length >= sizes.intermediate

@@ -12,7 +12,7 @@ from .activations import Activations
 from .budget import LayerRanks, Module, whole
 from .data import TokenWindows
 from .errors import NumericalError
-from .evaluation import Predictions
+from .evaluation import Loss, Predictions
 from .layered import LayeredModel, evict, place
 from .methods import Method
 from .results import ModuleProfile, Profile
@@ -32,7 +32,13 @@ Place = tuple[int, Module]
 
 def probe_windows(length: int) -> int:
     """How many windows of ``length`` tokens sensitivities are measured on."""
-    return max(1, PROBE_TOKENS // min(PROBE_LENGTH, length))
+    return probe_shape(length)[0]
+
+
+def probe_shape(length: int, sources: int = 1) -> tuple[int, int]:
+    """How many windows, and how many of the first of their ``length`` tokens; some windows of each of ``sources``."""
+    piece = max(2, min(PROBE_LENGTH, length, PROBE_TOKENS // sources))
+    return max(sources, PROBE_TOKENS // piece), piece
 
 
 class Profiler:
@@ -72,20 +78,23 @@ class Profiler:
                         hidden.complete(index + 1)
                     engine.dense.prefetch(index + 1)
                     ladders = self._solver.ladders(index, self._method, layer, statistics, seed)
+                    if engine.workers.first:
+                        engine.kept.put(index, statistics)
                     del statistics
                     curves.append(self._solver.curves(ladders))
                     self._pass_on(index, layer, ladders)
                 engine.progress.advance()
             hidden.remove()
             engine.progress.detail("divergence")
-            divergences = self._divergences()
-        return [
+            divergences, perplexity = self._divergences()
+        modules = [
             {
                 module: ModuleProfile.of(curve[module], ranks[index][module], divergences[index, module])
                 for module, ranks in self._probed.items()
             }
             for index, curve in enumerate(curves)
         ]
+        return Profile(modules, perplexity)
 
     def _ranks(self, module: Module) -> list[LayerRanks]:
         """Everything whole but ``module``."""
@@ -117,27 +126,22 @@ class Profiler:
         evict(thin.layers[index])
         return stream
 
-    def _divergences(self) -> dict[Place, float]:
-        """E over tokens of KL(dense || stream) of every stream."""
+    def _divergences(self) -> tuple[dict[Place, float], float]:
+        """E over tokens of KL(dense || stream) of every stream, and the dense model's perplexity."""
+        loss = Loss()
         totals = torch.zeros(len(self._streams) + 1, dtype=torch.float64)
         with self._runner.active():
             for number, batch in enumerate(self._batches):
                 for start, logits in self._runner.head(number, self._clean):
+                    loss.add(logits, batch, start)
                     dense = Predictions(logits, batch, start)
                     totals[-1] += dense.count
                     for slot, stream in enumerate(self._streams.values()):
                         other = self._runner.logits(number, stream, start, logits.shape[1])
                         totals[slot] += dense.divergence(other)
         self._engine.workers.sum(totals)
+        self._engine.workers.sum(loss.totals)
         means = (totals[:-1] / totals[-1]).clamp_min(0)
         if not bool(means.isfinite().all()):
             raise NumericalError("NaN or infinite logits with one module compressed")
-        return dict(zip(self._streams, means.tolist(), strict=True))
-
-
-def chosen_divergence(profile: Profile, ranks: Sequence[LayerRanks]) -> list[dict[Module, float]]:
-    """What every module is predicted to cost at the chosen ``ranks``, in nats per token."""
-    return [
-        {module: float(one.losses()[rank[module]]) for module, one in layer.items()}
-        for layer, rank in zip(profile, ranks, strict=True)
-    ]
+        return dict(zip(self._streams, means.tolist(), strict=True)), loss.perplexity()

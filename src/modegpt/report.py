@@ -7,7 +7,7 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -41,13 +41,21 @@ class TextFacts(_Facts):
     windows: int
     tokens: int
     sha256: str
+    mixture: dict[str, int] | None = None
+    """The number of windows from each source, where there are several."""
 
     @classmethod
-    def of(cls, source: str, windows: TokenWindows | None) -> TextFacts:
-        """Describe ``windows`` that came from ``source``, or that there were none."""
+    def of(
+        cls, source: str, windows: TokenWindows | None, parts: Mapping[str, TokenWindows] | None = None
+    ) -> TextFacts:
+        """Describe ``windows`` that came from ``source``: from those of ``parts``, where there are several.
+
+        Without any, that there were none.
+        """
         if windows is None:
             return cls(source=NONE, windows=0, tokens=0, sha256=sha256().hexdigest())
-        return cls(source=source, windows=len(windows), tokens=windows.tokens, sha256=windows.sha256())
+        mixture = {name: len(part) for name, part in parts.items()} if parts and len(parts) > 1 else None
+        return cls(source=source, windows=len(windows), tokens=windows.tokens, sha256=windows.sha256(), mixture=mixture)
 
 
 class Pair(_Facts):
@@ -60,6 +68,20 @@ class Pair(_Facts):
     def removed(self) -> float:
         """The share that is gone."""
         return 1 - self.compressed / self.dense
+
+    @classmethod
+    def mean(cls, pairs: Mapping[str, Pair], weights: Mapping[str, int]) -> Pair:
+        """The weighted geometric mean of ``pairs``, by name.
+
+        Of perplexities on windows of one length, with the numbers of windows as weights, it is the perplexity on all
+        of them.
+        """
+        total = sum(weights[name] for name in pairs)
+
+        def of(kind: str) -> float:
+            return math.exp(math.fsum(math.log(getattr(p, kind)) * weights[name] / total for name, p in pairs.items()))
+
+        return cls(dense=of("dense"), compressed=of("compressed"))
 
 
 class LayerFacts(_Facts):
@@ -110,6 +132,8 @@ class CompressionReport(_Facts):
     calibration: TextFacts
     evaluation: TextFacts | None
     perplexity: Pair | None
+    perplexities: dict[str, Pair] | None = None
+    """The perplexity on each source of the evaluation text, where there are several."""
     requested_ratio: float
     block_parameters: Pair
     parameters: Pair
@@ -147,9 +171,12 @@ def build_report(
     command: str,
     source: str | None = None,
     evaluation: TextFacts | None = None,
-    perplexity: Pair | None = None,
+    perplexities: Mapping[str, Pair] | None = None,
 ) -> CompressionReport:
-    """Gather the facts of a compression of ``dense`` that gave ``result``."""
+    """Gather the facts of a compression of ``dense`` that gave ``result``.
+
+    ``perplexities`` are those on each source of the ``evaluation`` text.
+    """
     models = (dense, result.model)
     blocks = [_parameters(nn.ModuleList(decoder_layers(model, family_of(dense)))) for model in models]
     everything = [_parameters(model) for model in models]
@@ -162,14 +189,22 @@ def build_report(
         options=config.settings(),
         calibration=calibration,
         evaluation=evaluation,
-        perplexity=perplexity,
-        requested_ratio=config.ratio,
+        perplexity=_perplexity(evaluation, perplexities or {}),
+        perplexities=dict(perplexities) if perplexities and len(perplexities) > 1 else None,
+        requested_ratio=config.ratio or result.choice.ratio or 0.0,
         block_parameters=Pair(dense=blocks[0], compressed=blocks[1]),
         parameters=Pair(dense=everything[0], compressed=everything[1]),
         bytes=Pair(dense=stored[0], compressed=stored[1]),
         temperature=_finite(result.choice.temperature),
         layers=_layer_facts(result.layers, result.choice),
     )
+
+
+def _perplexity(evaluation: TextFacts | None, perplexities: Mapping[str, Pair]) -> Pair | None:
+    """The perplexity on all of the evaluation text."""
+    if len(perplexities) <= 1 or evaluation is None:
+        return next(iter(perplexities.values()), None)
+    return Pair.mean(perplexities, evaluation.mixture or {})
 
 
 def _finite(value: float | None) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,8 @@ class Choice:
     temperature: float | None = None
     divergence: list[dict[Module, float]] | None = None
     """What every module is predicted to cost in nats per token, where the allocation knew."""
+    ratio: float | None = None
+    """The share of the decoder blocks' parameters that was to be removed, where it was not given but chosen."""
 
 
 @dataclass(frozen=True)
@@ -90,5 +92,17 @@ class ModuleProfile:
         return curve * (max(0.0, self.divergence) / scale) if scale > 0 else torch.zeros_like(curve)
 
 
-#: That of every layer's modules.
-Profile = list[dict[Module, ModuleProfile]]
+@dataclass(frozen=True)
+class Profile:
+    """That of every layer's modules, measured on a few windows."""
+
+    layers: list[dict[Module, ModuleProfile]]
+    perplexity: float
+    """Of the dense model on the same windows."""
+
+    def divergence(self, ranks: Sequence[LayerRanks]) -> list[dict[Module, float]]:
+        """What every module is predicted to cost at these ``ranks``, in nats per token."""
+        return [
+            {module: float(one.losses()[rank[module]]) for module, one in layer.items()}
+            for layer, rank in zip(self.layers, ranks, strict=True)
+        ]

@@ -1,0 +1,48 @@
+"""From what a compressed model may take to the share of parameters that has to go."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from transformers import PreTrainedModel
+
+from .budget import whole
+from .config import CompressionConfig
+from .errors import InvalidRequest
+from .families import model_geometry
+from .methods import METHODS
+
+_Config = TypeVar("_Config", bound=CompressionConfig)
+#: Bytes of the index of a rotary pair, which checkpoints keep beside the weights.
+_INDEX_BYTES = 8
+
+
+def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
+    """``config`` with the ratio that brings ``model`` down to its target; as it is if it has a ratio or none follows.
+
+    ``model`` may be on the meta device; ``item`` is the size of a parameter in bytes. Raises :class:`InvalidRequest`
+    for targets that the model meets already or that are smaller than what is not compressed.
+    """
+    if config.target_parameters is None and config.target_size is None:
+        return config
+    layers = model_geometry(model, METHODS[config.method].from_config(config).geometry)
+    blocks = sum(layer.parameters for layer in layers)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    if config.target_parameters is not None:
+        option, wanted, dense, unit = "--target-parameters", config.target_parameters, everything, "parameters"
+        allowed = wanted
+    else:
+        assert config.target_size is not None
+        groups = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+        pairs = sum(groups * (layer.sizes(whole(layer)).qk_head_dim // 2) for layer in layers if "qk" in layer.modules)
+        option, wanted, dense, unit = "--target-size", config.target_size, everything * item, "bytes"
+        allowed = (wanted - _INDEX_BYTES * pairs) // item
+    finest = min(module.unit_parameters for module in layers[0].modules.values())  # ranks are whole numbers
+    ratio = (everything - allowed + finest / 2) / blocks
+    if not 0 < ratio < 1:
+        problem = "the model has that already" if ratio <= 0 else "embeddings, head and norms alone take more"
+        raise InvalidRequest(
+            f"{option} {wanted:,}: {problem}; the model has {dense:,} {unit}, "
+            f"{(everything - blocks) * (1 if unit == 'parameters' else item):,} of them outside its decoder blocks"
+        )
+    return config.model_copy(update={"ratio": ratio})

@@ -1,0 +1,102 @@
+"""Predicted perplexity against size, from a profile alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from .budget import kept_parameters, ranks_from_losses
+from .config import CompressionConfig
+from .errors import CheckpointError, InvalidRequest
+from .families import check_family, model_geometry
+from .kept import open_kept
+from .methods import METHODS
+from .origin import Origin
+from .sources import empty_model
+
+#: Of the decoder blocks' parameters.
+RATIOS = tuple(step / 100 for step in range(0, 65, 5))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model of ``parameters`` parameters, ``ratio`` of those of the decoder blocks removed."""
+
+    ratio: float
+    parameters: int
+    perplexity: float
+    """On the text that sensitivities were measured on: the dense model's times exp of the predicted divergence."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points from the dense model down, and the place of the knee among them."""
+
+    source: str
+    points: list[Point]
+    knee: int
+
+
+def predicted_curve(directory: Path, align: int = 1) -> Curve:
+    """The curve of the profile in ``directory``; ratios out of reach are left out.
+
+    ln ppl(r) = ln ppl(dense) + sum over modules of D(rank at r), see :class:`modegpt.results.ModuleProfile`: as if
+    modules did not act on one another. Raises :class:`CheckpointError` for what is no profile.
+    """
+    origin, kept = Origin.read(directory), open_kept(directory)
+    profile = kept.profile
+    assert profile is not None
+    try:
+        model_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        check_family(model_config)
+        model = empty_model(model_config)
+    except Exception as error:  # an untrusted directory can fail anywhere
+        raise CheckpointError(f"{str(directory)!r}: its config describes no model: {error}") from error
+    settled = {"ratio": 0.5, "method": origin.options["method"], "ridge": origin.options["ridge"]}
+    config = CompressionConfig.validated(**settled, modules=origin.options["modules"])
+    layers = model_geometry(model, METHODS[config.method].from_config(config).geometry)
+    losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    blocks = sum(layer.parameters for layer in layers)
+    points = [Point(0.0, everything, profile.perplexity)]
+    for ratio in RATIOS[1:]:
+        try:
+            ranks = ranks_from_losses(layers, losses, ratio, align)
+        except InvalidRequest:  # out of reach
+            break
+        cost = sum(sum(modules.values()) for modules in profile.divergence(ranks))
+        parameters = everything - blocks + kept_parameters(layers, ranks)
+        points.append(Point(ratio, parameters, profile.perplexity * math.exp(cost)))
+    return Curve(origin.source, points, knee([math.log(point.perplexity) for point in points]))
+
+
+def knee(heights: list[float]) -> int:
+    """The index where a rising convex curve over even steps is farthest below the line from its first to its last."""
+    steps, rise = max(1, len(heights) - 1), heights[-1] - heights[0]
+    below = [heights[0] + rise * index / steps - height for index, height in enumerate(heights)]
+    return below.index(max(below))
+
+
+def plot(curve: Curve, path: Path) -> None:
+    """Draw ``curve`` into an image file; raises :class:`InvalidRequest` without matplotlib or for an unknown kind."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InvalidRequest("--plot needs matplotlib; install it: pip install matplotlib") from None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    sizes = [point.parameters / 1e6 for point in curve.points]
+    heights = [point.perplexity for point in curve.points]
+    axes.plot(sizes, heights, marker="o")
+    axes.plot(sizes[curve.knee], heights[curve.knee], marker="D", color="tab:red", linestyle="none", label="knee")
+    axes.set(xlabel="parameters (millions)", ylabel="predicted perplexity", yscale="log", title=curve.source)
+    axes.invert_xaxis()
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"--plot {str(path)!r}: {error}") from error

@@ -1,0 +1,186 @@
+"""``modegpt profile``, what is compressed from it, and its curve."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from safetensors.torch import load_file
+
+import modegpt
+from helpers import Outcome, run_cli, tiny_llama
+from modegpt.curve import knee, predicted_curve
+from modegpt.engine import Engine
+from modegpt.profile import Profiler
+from modegpt.report import CompressionReport
+
+OPTIONS = ("--method", "greedy", "--samples", 8, "--sequence-length", 32)
+
+
+@pytest.fixture(scope="module")
+def profile(tiny_checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("profile") / "profile"
+    outcome = run_cli("profile", tiny_checkpoint, "-o", directory, "--calibration", text_file, *OPTIONS)
+    assert outcome.code == 0, outcome.err
+    return directory
+
+
+def compress(model: Path, output: Path, profile: Path, *options: object) -> Outcome:
+    return run_cli("compress", model, "-o", output, "--profile-from", profile, *options)
+
+
+def test_a_profile_is_one_directory_that_names_no_path_of_its_own(profile: Path) -> None:
+    files = {str(path.relative_to(profile)) for path in profile.rglob("*") if path.is_file()}
+    layers = {f"statistics/{index:05d}.safetensors" for index in range(3)}
+    assert files == {"config.json", "origin.json", "profile.json"} | layers
+    assert list(profile.parent.iterdir()) == [profile]
+
+
+def test_compression_from_a_profile_needs_no_text_and_is_that_without(
+    profile: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    no_text = AssertionError("the text was read")
+    with patch("modegpt.pipeline.read_mixture", side_effect=no_text), patch.object(Engine, "calibrate", None):
+        outcome = compress(tiny_checkpoint, tmp_path / "one", profile, "--ratio", 0.3)
+    assert outcome.code == 0, outcome.err
+    direct = run_cli(
+        *("compress", tiny_checkpoint, "-o", tmp_path / "two", "--ratio", 0.3, "--calibration", text_file),
+        *(*OPTIONS, "--allocation", "sensitivity", "--statistics", "dense", "--evaluate", "none"),
+    )
+    assert direct.code == 0, direct.err
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    one, two = (CompressionReport.read(tmp_path / name) for name in ("one", "two"))
+    assert (one.layers, one.calibration) == (two.layers, two.calibration)
+    assert one.evaluation is None
+
+
+def test_every_ratio_and_a_text_to_evaluate_on(
+    profile: Path, tiny_checkpoint: Path, other_text_file: Path, tmp_path: Path
+) -> None:
+    for ratio in (0.1, 0.45):
+        output = tmp_path / str(ratio)
+        assert compress(tiny_checkpoint, output, profile, "--ratio", ratio, "--evaluate", other_text_file).code == 0
+        report = CompressionReport.read(output)
+        assert report.block_parameters.removed == pytest.approx(ratio, abs=0.01)
+        assert report.perplexity is not None
+        modegpt.load(output)
+
+
+def test_the_same_ranks_everywhere_without_predictions(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert compress(tiny_checkpoint, tmp_path / "one", profile, "--ratio", 0.3, "--allocation", "uniform").code == 0
+    report = CompressionReport.read(tmp_path / "one")
+    assert len({layer.modules["qk"].rank for layer in report.layers}) == 1
+
+
+def test_targets(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    dense = sum(tensor.numel() for tensor in load_file(tiny_checkpoint / "model.safetensors").values())
+    wanted = dense - 5000
+    assert compress(tiny_checkpoint, tmp_path / "a", profile, "--target-parameters", wanted).code == 0
+    parameters = CompressionReport.read(tmp_path / "a").parameters.compressed
+    assert wanted - 200 < parameters <= wanted
+    size = (tiny_checkpoint / "model.safetensors").stat().st_size - 20_000
+    assert compress(tiny_checkpoint, tmp_path / "b", profile, "--target-size", f"{size / 1000}KB").code == 0
+    assert size - 2500 < CompressionReport.read(tmp_path / "b").bytes.compressed <= size
+    assert compress(tiny_checkpoint, tmp_path / "c", profile, "--max-perplexity-increase", "8%").code == 0
+    report = CompressionReport.read(tmp_path / "c")
+    predicted = sum(sum((layer.divergence or {}).values()) for layer in report.layers)
+    assert 1.07 < 2.718281828**predicted <= 1.08
+    assert 0.1 < report.requested_ratio < 0.35
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--ratio 0.3 --method modegpt --samples 9", "--samples 9: the profile was made with 8; leave it out"),
+        ("--ratio 0.3 --allocation block-influence", "--allocation block-influence needs calibration text"),
+        ("--ratio 0.3 --statistics sequential", "--statistics sequential needs calibration text"),
+        ("", "give one of --ratio, --target-parameters, --target-size, --max-perplexity-increase; given: none"),
+        ("--ratio 0.3 --target-size 1GB", "given: --ratio, --target-size"),
+        ("--target-size 1potato", "--target-size '1potato': give a size such as 4GiB or 250MB"),
+        ("--target-parameters 1.2.3B", "--target-parameters '1.2.3B': give a number of parameters"),
+        ("--target-parameters 5B", "--target-parameters 5,000,000,000: the model has that already"),
+        ("--target-size 1KB", "--target-size 1,000: embeddings, head and norms alone take more"),
+        ("--max-perplexity-increase some", "--max-perplexity-increase 'some': give a share such as 10% or 0.1"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    profile: Path, tiny_checkpoint: Path, tmp_path: Path, options: str, words: str
+) -> None:
+    outcome = compress(tiny_checkpoint, tmp_path / "out", profile, *options.split())
+    assert outcome.code == 2
+    assert outcome.err.strip().count("\n") <= 6  # the plan's and progress lines come before what is found on the way
+    assert words in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_needed_for_a_limit_on_the_perplexity(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run_cli("compress", tiny_checkpoint, "-o", tmp_path / "out", "--max-perplexity-increase", "10%")
+    assert outcome.code == 2
+    assert (
+        "--max-perplexity-increase needs predictions; use --allocation sensitivity, not block-influence" in outcome.err
+    )
+
+
+def test_the_profile_of_another_model_is_refused(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_checkpoint, tmp_path / "other"))
+    tiny_llama(seed=5, vocab_size=json.loads((other / "config.json").read_text())["vocab_size"]).save_pretrained(other)
+    outcome = compress(other, tmp_path / "out", profile, "--ratio", 0.3)
+    assert (outcome.code, "MODEL is not the one that was profiled" in outcome.err) == (2, True)
+
+
+@pytest.mark.parametrize("missing", ["origin.json", "profile.json", "statistics/00001.safetensors"])
+def test_half_a_profile_is_refused(profile: Path, tiny_checkpoint: Path, tmp_path: Path, missing: str) -> None:
+    half = Path(shutil.copytree(profile, tmp_path / "half"))
+    (half / missing).unlink()
+    outcome = compress(tiny_checkpoint, tmp_path / "out", half, "--ratio", 0.3)
+    assert outcome.code == 2
+    assert "profile" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_profile_leaves_nothing_under_its_name_and_is_made_again(
+    profile: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "again"
+    arguments = ("profile", tiny_checkpoint, "-o", output, "--calibration", text_file, *OPTIONS)
+    with patch.object(Profiler, "_divergences", side_effect=KeyboardInterrupt):
+        assert run_cli(*arguments).code == 130
+    assert not output.exists()
+    assert run_cli(*arguments).code == 0
+    assert (output / "profile.json").read_bytes() == (profile / "profile.json").read_bytes()
+    assert run_cli(*arguments).code == 2
+    assert run_cli(*arguments, "--overwrite").code == 0
+    assert list(tmp_path.iterdir()) == [output]
+    assert run_cli("profile", tiny_checkpoint, "-o", tiny_checkpoint, "--overwrite").code == 2
+
+
+def test_the_curve_begins_with_the_dense_model_and_rises(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    found = predicted_curve(profile)
+    dense = sum(tensor.numel() for tensor in load_file(tiny_checkpoint / "model.safetensors").values())
+    assert found.points[0].parameters == dense
+    heights, sizes = [point.perplexity for point in found.points], [point.parameters for point in found.points]
+    assert heights == sorted(heights)
+    assert sizes == sorted(sizes, reverse=True)
+    assert compress(tiny_checkpoint, tmp_path / "out", profile, "--ratio", 0.3).code == 0
+    report = CompressionReport.read(tmp_path / "out")
+    point = next(point for point in found.points if point.ratio == 0.3)
+    assert point.parameters == report.parameters.compressed
+    predicted = sum(sum((layer.divergence or {}).values()) for layer in report.layers)
+    assert point.perplexity == pytest.approx(heights[0] * 2.718281828459045**predicted)
+    outcome = run_cli("curve", profile, "--plot", tmp_path / "curve.svg")
+    assert outcome.code == 0
+    assert len(re.findall("knee", outcome.out)) == 1
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    assert "--plot" in run_cli("curve", profile, "--plot", tmp_path / "curve.mp3").err
+
+
+def test_the_knee_is_where_a_curve_bends() -> None:
+    assert knee([0.0, 1.0, 2.0, 3.0, 14.0]) == 3
+    assert knee([0.0, 0.0, 5.0, 10.0]) == 1
+    assert knee([1.0]) == 0
