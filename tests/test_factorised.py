@@ -284,6 +284,18 @@ def test_every_allocation_meets_the_ratio(method: str, allocation: str) -> None:
     assert report.parameters.compressed == sum(parameter.numel() for parameter in small.parameters())
 
 
+@pytest.mark.parametrize("method", ["svd", "joint-rank-k"])
+@pytest.mark.parametrize("share", [0.55, 0.7, 0.83, 0.96])
+def test_targets_are_met(method: str, share: float) -> None:
+    model = tiny_llama()
+    whole, unit = sum(parameter.numel() for parameter in model.parameters()), 3 * (32 + 48)
+    target = round(share * whole)
+    small = modegpt.compress(model, target_parameters=target, method=method)
+    assert target - 2 * unit <= sum(parameter.numel() for parameter in small.parameters()) <= target
+    small = modegpt.compress(model, target_size=4 * target, method=method)
+    assert 4 * (target - 2 * unit) <= small.compression_report.bytes.compressed <= 4 * target
+
+
 @pytest.mark.parametrize("align", [1, 8])
 def test_ranks_are_shares_of_break_even_and_counts_never_fall(align: int) -> None:
     stacks = [Stack((0,), 64, 64), Stack((1,), 64, 16), Stack((2,), 30, 2), Stack((3,), 1, 5)]
@@ -424,7 +436,7 @@ def test_from_disk_to_disk_is_the_same_as_in_memory(
     source = ModelSource(str(tiny_checkpoint))
     texts = read_texts(request, source.tokenizer())
     model = source.model("float32")
-    engine = Engine(resident(model), texts.calibration, 1, probe=texts.probe)
+    engine = Engine(resident(model), texts.calibration, 1, probe=texts.probe_windows)
     with engine.active():
         expected = engine.run(request)
     written = modegpt.load(tmp_path / "small").state_dict()
@@ -493,6 +505,10 @@ def test_joint_only_leaves_maps_without_a_partner_bit_for_bit() -> None:
         ({"method": "joint-rank-k", "joint_only": True, "ratio": 0.9}, "--ratio 0.9 is out of reach"),
         ({"method": "joint-rank-k", "joint_only": True, "modules": "vo"}, "--ratio 0.2 is out of reach"),
         ({"method": "svd", "modules": "heads"}, "--modules 'heads': unknown module"),
+        (
+            {"method": "svd", "ratio_of": "touched", "ratio": None, "target_parameters": 5000},
+            "--ratio-of touched goes with --ratio, not --target-parameters",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:

@@ -37,7 +37,8 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
         pairs = sum(groups * (layer.sizes(whole(layer)).qk_head_dim // 2) for layer in layers if "qk" in layer.modules)
         option, wanted, dense, unit = "--target-size", config.target_size, everything * item, "bytes"
         allowed = (wanted - _INDEX_BYTES * pairs) // item
-    finest = min(module.unit_parameters for module in layers[0].modules.values())  # ranks are whole numbers
+    units = (module.largest_unit for module in layers[0].modules.values() if module.full > 1)
+    finest = min(units, default=0)  # ranks are whole numbers
     ratio = (everything - allowed + finest / 2) / blocks
     if not 0 < ratio < 1:
         problem = "the model has that already" if ratio <= 0 else "embeddings, head and norms alone take more"

@@ -50,6 +50,11 @@ class ModuleGeometry:
         """Parameters at ``rank`` units."""
         return rank * self.unit_parameters
 
+    @property
+    def largest_unit(self) -> int:
+        """What one more unit adds at most."""
+        return self.unit_parameters
+
     def step(self, align: int) -> int:
         """The units between two allowed ranks."""
         return math.lcm(align, self.channels, self.multiple) // self.channels

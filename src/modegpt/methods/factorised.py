@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -81,6 +82,12 @@ class FactorGeometry(ModuleGeometry):
             stack.inputs * stack.outputs if own is None else own * (stack.inputs + stack.outputs)
             for stack, own in zip(self.stacks, self.ranks(rank), strict=True)
         )
+
+    @property
+    def largest_unit(self) -> int:
+        """What one more unit adds at most: its maps' ranks are rounded."""
+        counts = [self.parameters_at(rank) for rank in range(1, self.full + 1)]
+        return max((after - before for before, after in pairwise(counts)), default=0)
 
 
 @dataclass(frozen=True)
