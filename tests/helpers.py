@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modegpt import cli
+from modegpt.data import TokenWindows
 
 
 def tiny_llama(*, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -61,6 +62,11 @@ def mixed(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 def squared(x: torch.Tensor) -> float:
     """The squared Frobenius norm."""
     return float(x.square().sum())
+
+
+def token_windows(count: int = 8, length: int = 16, *, seed: int = 1) -> TokenWindows:
+    """Random windows for the tiny models' 128 tokens."""
+    return TokenWindows(torch.randint(0, 128, (count, length), generator=torch.Generator().manual_seed(seed)))
 
 
 WORDS = "the a model layer weight small large attends keeps removes channel head value query key of and to in"

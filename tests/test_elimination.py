@@ -12,6 +12,7 @@ from modegpt.decompositions import (
     regularised,
     ridge_leverage_scores,
     top_indices,
+    unit_channels,
 )
 from modegpt.methods import Greedy
 from modegpt.statistics import LayerStatistics
@@ -43,12 +44,16 @@ def least_squares(matrix: torch.Tensor, output: torch.Tensor, kept: torch.Tensor
     return fitted, objective(matrix, output, kept, fitted)
 
 
-def brute_force(matrix: torch.Tensor, output: torch.Tensor) -> list[int]:
+def channels(units: list[int], width: int) -> torch.Tensor:
+    return torch.tensor([unit * width + number for unit in units for number in range(width)])
+
+
+def brute_force(matrix: torch.Tensor, output: torch.Tensor, width: int = 1) -> list[int]:
     """Every step of the greedy elimination, each by fitting what every choice leaves."""
-    left, order = list(range(len(matrix))), []
+    left, order = list(range(len(matrix) // width)), []
     while len(left) > 1:
         costs = {
-            one: least_squares(matrix, output, torch.tensor([other for other in left if other != one]))[1]
+            one: least_squares(matrix, output, channels([other for other in left if other != one], width))[1]
             for one in left
         }
         cheapest = min(costs, key=lambda one: costs[one])
@@ -63,6 +68,36 @@ def test_every_step_is_the_cheapest(seed: int) -> None:
     matrix = regularised(activations.T @ activations, 1e-6)
     for block in (1, M):
         assert greedy_elimination(matrix, output, block).order.tolist() == brute_force(matrix, output)
+
+
+@pytest.mark.parametrize("width", [2, 3, 8, 24])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_step_in_blocks_of_channels_is_the_cheapest(seed: int, width: int) -> None:
+    activations, output = problem(seed)
+    matrix = regularised(activations.T @ activations, 1e-6)
+    expected = brute_force(matrix, output, width)
+    norm = float((output * (matrix @ output)).sum())
+    for block in (1, M):
+        result = greedy_elimination(matrix, output, block, width)
+        assert result.order.tolist() == expected
+        for rank in range(1, M // width + 1):
+            kept = unit_channels(result.kept(rank), width)
+            assert torch.equal(kept, channels(result.kept(rank).tolist(), width))
+            error = least_squares(matrix, output, kept)[1]
+            assert float(result.errors[M // width - rank]) == pytest.approx(error, rel=1e-6, abs=1e-9 * norm)
+
+
+def test_dead_and_copied_blocks_go_first_and_leave_no_trace() -> None:
+    activations, output = problem(5)
+    activations[:, 6:9] = 0
+    activations[:, 15:18] = activations[:, :3] @ torch.tensor([[1, 2, 0], [0, 1, 0], [3, 0, 1]]).double()
+    matrix = regularised(activations.T @ activations, 1e-10)
+    result = greedy_elimination(matrix, output, width=3)
+    assert {int(result.order[0]), int(result.order[1])} in ({2, 5}, {2, 0})
+    kept = unit_channels(result.kept(M // 3 - 2), 3)
+    fitted, _ = refit(matrix, output, kept)
+    exact = activations @ output
+    torch.testing.assert_close(activations[:, kept] @ fitted, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("block", [1, 5, M])

@@ -477,6 +477,11 @@ def grams(x: torch.Tensor) -> torch.Tensor:
     return x.mT @ x
 
 
+def moments(x: torch.Tensor) -> torch.Tensor:
+    """(n, h) to the sums of x and x^2 (2, h)."""
+    return torch.stack((x.sum(0), x.square().sum(0)))
+
+
 def scaling_of(model: PreTrainedModel, layer: nn.Module) -> float:
     """Of the scores; OPT's queries have it already."""
     return 1.0 if model.config.model_type == "opt" else float(attention_of(layer).scaling)
@@ -525,13 +530,18 @@ def attention_sums(
             features = features - paid @ features
             total += features.T @ (paid[:, None] * features)
         logits.append(total)
-    return {"head_outputs": grams(torch.cat(outputs, dim=-1)), "logits": torch.stack(logits)}
+    put_out = torch.cat(outputs, dim=-1)
+    return {
+        "head_outputs": grams(put_out),
+        "head_outputs_moments": moments(put_out),
+        "logits": torch.stack(logits),
+    }
 
 
 def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Second moments of one window's tokens in one layer."""
     x, heads, norms = inputs["attention"], heads_of(model, layer), query_key_norms(layer)
-    sums, rotated_states = {"attention_input": grams(x)}, {}
+    sums, rotated_states = {"attention_input": grams(x), "attention_input_moments": moments(x)}, {}
     for number, (name, parts) in enumerate((("query", heads.query), ("key", heads.key))):
         states = torch.stack([part(x) for part in parts])
         if norms is not None:
@@ -547,15 +557,25 @@ def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any])
     sums |= attention_sums(model, layer, inputs, rotated_states["query"], rotated_states["key"])
     mlps = mlps_of(model, layer)
     if not has_experts(layer):
-        return sums | {"mlp_input": grams(inputs["mlp"]), "mlp": grams(mlps[0](inputs["mlp"]))}
+        x, z = inputs["mlp"], mlps[0](inputs["mlp"])
+        return sums | {
+            "mlp_input": grams(x),
+            "mlp": grams(z),
+            "mlp_moments": moments(z),
+            "mlp_input_moments": moments(x),
+        }
     chosen, weights = routed(layer, inputs["mlp"], model)
     inner = [torch.zeros(1, mlps[0].count, dtype=x.dtype) for _ in mlps]
+    entering = [torch.zeros(1, x.shape[-1], dtype=x.dtype) for _ in mlps]
     for token, (experts, shares) in enumerate(zip(chosen.tolist(), weights, strict=True)):
         for expert, share in zip(experts, shares, strict=True):
-            row = mlps[expert](inputs["mlp"][token : token + 1]) * share
-            inner[expert] = torch.cat((inner[expert], row))
+            row = inputs["mlp"][token : token + 1]
+            inner[expert] = torch.cat((inner[expert], mlps[expert](row) * share))
+            entering[expert] = torch.cat((entering[expert], row))
     return sums | {
         "mlp": torch.stack([grams(part) for part in inner]),
+        "mlp_moments": torch.stack([moments(part) for part in inner]),
+        "mlp_input_moments": torch.stack([moments(part) for part in entering]),
         "tokens": torch.tensor([len(part) - 1 for part in inner]),
     }
 

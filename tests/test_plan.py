@@ -167,6 +167,23 @@ def test_sampling_needs_the_whole_model() -> None:
     assert next(part.bytes for part in plan.host if part.name == "whole model") == 2 * (32 * 202_383_360 + 262_148_096)
 
 
+def test_of_a_mixture_the_models_share_is_sampled_and_each_text_evaluated() -> None:
+    phases = {}
+    for text in ("self", "wikitext2,self", "wikitext2,alpaca,self:2", "wikitext2"):
+        plan = plan_of(shape_7b(), calibration=text, samples=64, evaluate="held-out")
+        phases[text] = {phase.name: phase.flops for phase in plan.phases}
+        held = {part.name: part.bytes for part in plan.host}
+        assert ("keys and values" in held) == ("sample" in phases[text])
+    whole, half = phases["self"], phases["wikitext2,self"]
+    assert whole["sample"] == 2 * half["sample"] == 2 * phases["wikitext2,alpaca,self:2"]["sample"] > 0
+    assert "sample" not in phases["wikitext2"]
+    assert whole["evaluate"] == half["evaluate"] == phases["wikitext2"]["evaluate"]
+    assert phases["wikitext2,alpaca,self:2"]["evaluate"] == 2 * half["evaluate"]
+    # 64 pieces of 256 tokens: a key and a value of 4096 numbers of two bytes in each of 32 layers.
+    plan = plan_of(shape_7b(), calibration="self", samples=1)
+    assert next(part.bytes for part in plan.host if part.name == "keys and values") == 64 * 256 * 32 * 2 * 4096 * 2
+
+
 def test_what_an_interrupted_run_has_written_is_not_needed_again(
     tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

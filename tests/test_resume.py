@@ -478,7 +478,7 @@ class Work:
 def go_on(runs: Runs, options: Sequence[object]) -> Work:
     with (
         patch.object(Journal, "keep_layer", autospec=True, side_effect=Journal.keep_layer) as keep,
-        patch.object(Journal, "keep_influence", autospec=True, side_effect=Journal.keep_influence) as score,
+        patch.object(Journal, "keep_scores", autospec=True, side_effect=Journal.keep_scores) as score,
         patch.object(ModeGPT, "mlp", autospec=True, side_effect=ModeGPT.mlp) as solve,
     ):
         outcome = run_cli(*runs.command(*options))
@@ -1072,13 +1072,13 @@ def test_a_journal_gives_back_what_was_put_in(tmp_path: Path) -> None:
     windows = TokenWindows(torch.randint(9, (2, 5)))
     with open_journal(output, {"--ratio": 0.3}, restart=False) as journal:
         journal.keep_windows(windows)
-        journal.keep_influence([(1 / 3, 0.1, 1e-17)])
+        journal.keep_scores("some", [[1 / 3, 0.1, 1e-17]])
         journal.keep_layer(7, tensors, RESULT)
         journal.keep_perplexity("dense", 1 / 7)
         run = journal.run
     with open_journal(output, {"--ratio": 0.3}, restart=False) as journal:
         assert (journal.run, journal.starts, journal.broken) == (run, 2, [])
-        assert journal.influence == [(1 / 3, 0.1, 1e-17)]
+        assert journal.scores("some") == [[1 / 3, 0.1, 1e-17]]
         assert journal.finished == {7: RESULT}
         assert (journal.perplexity("dense"), journal.perplexity("compressed")) == (1 / 7, None)
         assert all(journal.tensors(7)[name].equal(tensor) for name, tensor in tensors.items())
@@ -1086,7 +1086,7 @@ def test_a_journal_gives_back_what_was_put_in(tmp_path: Path) -> None:
         assert kept.ids.equal(windows.ids)
         assert journal.published is None
     with open_journal(output, {"--ratio": 0.3}, restart=True) as journal:
-        assert (journal.starts, journal.finished, journal.influence, journal.windows()) == (1, {}, None, None)
+        assert (journal.starts, journal.finished, journal.scores("some"), journal.windows()) == (1, {}, None, None)
         assert journal.run != run
 
 
@@ -1094,7 +1094,7 @@ def test_a_journal_gives_back_what_was_put_in(tmp_path: Path) -> None:
 def test_a_journal_keeps_a_perplexity_beyond_all_numbers(tmp_path: Path, value: float) -> None:
     output = tmp_path / "small"
     with open_journal(output, {}, restart=False) as journal:
-        journal.keep_influence([(0.1, 0.1, 0.1)])
+        journal.keep_scores("some", [0.1])
         journal.keep_perplexity("dense", value)
     with open_journal(output, {}, restart=False) as journal:
         assert str(journal.perplexity("dense")) == str(value)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from .budget import whole
+from .budget import LayerGeometry
 from .config import CompressionConfig
 from .errors import InvalidRequest
 from .families import model_geometry
@@ -15,6 +15,13 @@ from .methods import METHODS
 _Config = TypeVar("_Config", bound=CompressionConfig)
 #: Bytes of the index of a rotary pair, which checkpoints keep beside the weights.
 _INDEX_BYTES = 8
+
+
+def _pairs(layer: LayerGeometry) -> int:
+    """At most so many rotary pairs of a head are stored, whatever is removed."""
+    if layer.dense is None:
+        return layer.modules["qk"].full if "qk" in layer.modules else 0
+    return layer.dense.qk_head_dim // 2
 
 
 def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
@@ -34,7 +41,7 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
     else:
         assert config.target_size is not None
         groups = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
-        pairs = sum(groups * (layer.sizes(whole(layer)).qk_head_dim // 2) for layer in layers if "qk" in layer.modules)
+        pairs = sum(groups * _pairs(layer) for layer in layers)
         option, wanted, dense, unit = "--target-size", config.target_size, everything * item, "bytes"
         allowed = (wanted - _INDEX_BYTES * pairs) // item
     units = (module.largest_unit for module in layers[0].modules.values() if module.full > 1)

@@ -1,4 +1,4 @@
-"""How much each block may lose: global sparsity allocation. Paper: section 3.3 (eq. 10, 11) and B.11 (eq. 42, 43)."""
+"""How much each block may lose: sparsity allocation. Paper: section 3.3 (eq. 10, 11) and B.11 (eq. 42, 43); OWL."""
 
 from __future__ import annotations
 
@@ -50,6 +50,21 @@ def auto_temperature(
         else:
             high = middle
     return math.exp(high)
+
+
+def bounded_allocation(scores: Sequence[float], weights: Sequence[float], average: float, reach: float) -> list[float]:
+    """S_j = S + lambda (D_mean - D_j) / max_i |D_mean - D_i|, D_mean the weighted mean: OWL's allocation.
+
+    OWL (arXiv 2310.05175) takes sparsities that fall as the outlier ratios D = ``scores`` rise, within S +- lambda, of
+    mean S = ``average``; lambda is ``reach``. This is the one that is linear in D, uses the whole interval on the side
+    of the block farthest from the mean, and has the mean weighted by the parameters (``weights``). The authors' code
+    spreads D evenly over an interval of width 2 lambda and then moves it, which can leave S +- lambda. Where S or 1 - S
+    is less than lambda, that is the reach.
+    """
+    mean = sum(w * score for w, score in zip(weights, scores, strict=True)) / sum(weights)
+    farthest = max(abs(mean - score) for score in scores)
+    scale = min(reach, average, 1 - average) / farthest if farthest > 0 else 0.0
+    return [average + scale * (mean - score) for score in scores]
 
 
 def allocate(

@@ -16,7 +16,7 @@ from .engine import compress_model
 from .errors import InvalidRequest
 from .families import check_model, model_geometry
 from .methods import METHODS
-from .mixture import Cut, Mixture, Texts, read_mixture
+from .mixture import DEFAULT, Cut, Mixture, Texts, read_mixture
 from .profile import probe_shape, probe_windows
 from .progress import Progress
 from .report import TextFacts, build_report
@@ -30,7 +30,7 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     ratio: float | None = None,
-    calibration: Calibration = "wikitext2",
+    calibration: Calibration = DEFAULT,
     progress: Progress | None = None,
     **options: Any,
 ) -> PreTrainedModel:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import nn
@@ -14,13 +14,14 @@ from transformers import PreTrainedConfig
 
 from .errors import InvalidRequest
 from .layout import HeadShape, expert_count, intermediate_size, linear, mlp_maps, norms
-from .modeling import Family, LayerSizes
+from .modeling import Family, LayerSizes, head_counts
 
 #: What of a layer is compressed by itself: MLP channels, queries with keys, values with outputs; or whole key-value
 #: heads with their queries; or the layer itself. A method has some of them.
 Module = Literal["mlp", "qk", "vo", "heads", "layer"]
 #: Those of a method that does not say otherwise.
 MODULES: tuple[Module, ...] = ("mlp", "qk", "vo")
+_WIDTHS: dict[Module, str] = {"mlp": "intermediate_size", "qk": "qk_head_dim", "vo": "v_head_dim"}
 #: Kernels that multiply with all experts at once want rows of a multiple of 16 bytes, in 16-bit formats as well.
 EXPERT_MULTIPLE = 8
 #: Of itself, what a layer's finest module gives or takes so that the total is right, as long as others can.
@@ -75,11 +76,17 @@ class LayerGeometry:
     parameters: int
     extra: int = 0
     """What the compressed layer has more at full ranks: norms for every head, an output bias for values' biases."""
+    dense: LayerSizes | None = None
+    """The widths of what no module changes."""
 
     def sizes(self, rank: LayerRanks) -> LayerSizes:
         """The widths of the compressed layer at these ranks."""
-        channels = {name: rank[name] * module.channels for name, module in self.modules.items()}
-        return LayerSizes(channels["mlp"], qk_head_dim=channels["qk"], v_head_dim=channels["vo"])
+        widths: dict[str, Any] = {
+            field: rank[name] * self.modules[name].channels for name, field in _WIDTHS.items() if name in rank
+        }
+        if "heads" in rank:
+            widths["kv_heads"] = rank["heads"]
+        return LayerSizes(**widths) if self.dense is None else replace(self.dense, **widths)
 
 
 class LayerRanks(TypedDict, total=False):
@@ -100,6 +107,11 @@ def whole(layer: LayerGeometry) -> LayerRanks:
 def ranks_of(units: Mapping[Module, int]) -> LayerRanks:
     """``units`` as ranks."""
     return cast(LayerRanks, dict(units))
+
+
+def staying(ranks: Sequence[LayerRanks]) -> list[int]:
+    """The numbers of the layers of which anything is left."""
+    return [index for index, rank in enumerate(ranks) if rank.get("layer", 1)]
 
 
 def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
@@ -132,7 +144,22 @@ def layer_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -
         },
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
         extra=head * (pair + value) + bias - stock,
+        dense=LayerSizes(intermediate_size(layer, family), head, head),
     )
+
+
+def head_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
+    """The same where attention loses whole key-value heads, each with its queries, keys, values and outputs."""
+    channels = layer_geometry(layer, config, family)
+    groups, (qk, vo) = head_counts(config)[1], (channels.modules[module] for module in ("qk", "vo"))
+    heads = ModuleGeometry(groups, (qk.parameters + vo.parameters) // groups, channels=vo.full)
+    return replace(channels, modules={"mlp": channels.modules["mlp"], "heads": heads})
+
+
+def whole_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
+    """The same where the layer stays or goes as a whole."""
+    channels = layer_geometry(layer, config, family)
+    return replace(channels, modules={"layer": ModuleGeometry(1, channels.parameters + channels.extra)})
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def publish(
         model.save_pretrained(staging, state_dict=rest, max_shard_size=2**62)
         rest_file = journal.directory / "rest.safetensors"
         os.replace(staging / WEIGHTS_FILE, rest_file)
-        kept = [(journal.file(index), f"{prefix}{index}.") for index in range(len(thin.layers))]
+        kept = [(journal.file(source), f"{prefix}{index}.") for index, source in enumerate(thin.sources)]
         write_shards([(rest_file, ""), *kept], staging)
         _write_facts(staging, tokenizer, report)
         run.write(staging)

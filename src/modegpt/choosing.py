@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .allocation import allocate
+from .allocation import allocate, bounded_allocation
 from .budget import (
     LayerGeometry,
     LayerRanks,
@@ -33,10 +33,12 @@ def choose(
     *,
     influence: Sequence[tuple[float, float, float]] | None = None,
     profile: Profile | None = None,
+    outliers: Sequence[float] | None = None,
 ) -> Choice:
     """The ranks of all layers of this ``geometry``; those that are not chosen stay whole.
 
-    The block-influence allocations need the ``influence`` of every layer, that by sensitivity the ``profile``.
+    The block-influence allocations need the ``influence`` of every layer, that by sensitivity the ``profile``, and
+    OWL's the share of ``outliers`` of every layer.
     """
     layers = _chosen(config, geometry)
     if config.allocation == "sensitivity":
@@ -60,6 +62,15 @@ def choose(
         uniform = [dict.fromkeys(config.modules, share) for _ in layers]
         return _everywhere(config, geometry, ranks_from_sparsity(layers, uniform, config.align), uniform)
 
+    chosen = config.chosen_layers(len(geometry))
+    if config.allocation == "owl":
+        assert outliers is not None
+        weights = [sum(layer.modules[module].parameters for module in config.modules) for layer in layers]
+        shares = bounded_allocation([outliers[index] for index in chosen], weights, share, config.owl_reach)
+        by_layer = [dict.fromkeys(config.modules, one) for one in shares]
+        choice = _everywhere(config, geometry, ranks_from_sparsity(layers, by_layer, config.align), by_layer)
+        return Choice(choice.ranks, choice.sparsity, [[one] for one in outliers])
+
     assert influence is not None
     # Which of a layer's three scores speaks for which modules.
     split = config.allocation == "block-influence-split"
@@ -69,7 +80,7 @@ def choose(
         for slot in sorted(set(slots))
     ]
     scores = [[row[slot] for slot, _ in parts] for row in influence]
-    speaking = [score for index in config.chosen_layers(len(geometry)) for score in scores[index]]
+    speaking = [score for index in chosen for score in scores[index]]
     weights = [sum(layer.modules[module].parameters for module in part) for layer in layers for _, part in parts]
 
     temperature = None if config.temperature == "auto" else config.temperature

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 
 from .config import ProfileConfig, RunConfig
+from .data import HUB_DATASETS
+from .mixture import DEFAULT as CALIBRATION
 
 app = typer.Typer(
     name="modegpt",
@@ -64,6 +66,10 @@ def compress(
     method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
     allocation: Annotated[str | None, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = None,
     temperature: Annotated[str, typer.Option(help=_help("temperature"), rich_help_panel=_HOW)] = "auto",
+    owl_threshold: Annotated[float, typer.Option(help=_help("owl_threshold"), rich_help_panel=_HOW)] = _default(
+        "owl_threshold"
+    ),
+    owl_reach: Annotated[float, typer.Option(help=_help("owl_reach"), rich_help_panel=_HOW)] = _default("owl_reach"),
     statistics: Annotated[str | None, typer.Option(help=_help("statistics"), rich_help_panel=_HOW)] = None,
     ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
     joint_only: Annotated[bool, typer.Option("--joint-only", help=_help("joint_only"), rich_help_panel=_HOW)] = False,
@@ -132,7 +138,7 @@ def profile(
     modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
     ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
-    calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = "wikitext2",
+    calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = CALIBRATION,
     samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
     sequence_length: Annotated[int, typer.Option(help=_help("sequence_length"), rich_help_panel=_TEXT)] = 2048,
     seed: Annotated[int, typer.Option(help=_help("seed"), rich_help_panel=_TEXT)] = _default("seed"),
@@ -232,7 +238,7 @@ _as_plan()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
     perplexity: Annotated[
-        str, typer.Option(help="Text: wikitext2, ptb, alpaca (their test parts), or a text file.")
+        str, typer.Option(help=f"Text: {', '.join(HUB_DATASETS)} (their test parts), or a text file.")
     ] = "wikitext2",
     samples: Annotated[int | None, typer.Option(help="Windows from the start of the text; all by default.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
+from . import mixture
 from .budget import Base, LayerGeometry, Module
 from .data import HUB_DATASETS
 from .errors import InvalidRequest
 from .methods import METHODS, Allocation, Calibrated, Method
-from .mixture import MIXTURES
 from .sources import Dtype, usable_device
 
 #: In place of a text: a part of the calibration text, and no text.
@@ -33,7 +33,7 @@ def _needs_text(method: str, allocation: str) -> bool:
 def _text(given: Mapping[str, Any]) -> str:
     """The default calibration text: none where it would not be read."""
     known = "method" in given and "allocation" in given
-    return "wikitext2" if not known or _needs_text(given["method"], given["allocation"]) else NONE
+    return mixture.DEFAULT if not known or _needs_text(given["method"], given["allocation"]) else NONE
 
 
 def _ranges(layers: str) -> list[tuple[int, int]]:
@@ -99,19 +99,28 @@ class CompressionConfig(BaseModel):
     allocation: Allocation = Field(
         default_factory=_of_method(lambda method: method.allocation),
         description="How the layers share the loss: 'uniform'; 'block-influence', less from layers that change "
-        "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43); 'sensitivity', "
-        "less from modules that, compressed alone, move the model's predictions further. By default what suits the "
-        "method: " + ", ".join(f"'{m.allocation}' for '{name}'" for name, m in METHODS.items()) + ".",
+        "their input more (eq. 11); 'block-influence-split', attention and MLP scored apart (eq. 43); 'owl', less from "
+        "layers with more outliers among weights times inputs; 'sensitivity', "
+        "less from modules that, compressed alone, move the model's predictions further; 'own', as the method itself "
+        "has it. By default what suits the method: "
+        + ", ".join(f"'{m.allocation}' for '{name}'" for name, m in METHODS.items())
+        + ".",
     )
     temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="Temperature of the block-influence allocations: low concentrates the loss on few layers. "
         "'auto' lets the most compressed layer lose 80 %.",
     )
+    owl_threshold: Annotated[float, Field(ge=1, le=1000)] = Field(
+        5.0, description="What counts as an outlier for 'owl': so many times the layer's mean. The paper tries 3 to 10."
+    )
+    owl_reach: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.08, description="How far 'owl' lets a layer's sparsity be from the average, on either side."
+    )
     modules: tuple[Module, ...] = Field(
         default_factory=_of_method(lambda method: method.modules),
         description="Comma-separated modules to compress, all of the method by default: mlp, qk (query-key), "
-        "vo (value-output).",
+        "vo (value-output), heads (whole key-value heads with their queries), layer (whole layers).",
     )
     statistics: Calibrated = Field(
         default_factory=_of_method(lambda method: method.calibrated),
@@ -166,6 +175,10 @@ class CompressionConfig(BaseModel):
         if len(given) != 1:
             options = ", ".join(map(_option, given)) or "none"
             raise ValueError(f"give one of {', '.join(map(_option, AIMS))}; given: {options}")
+        if self.allocation == "own" and (self.layers, self.ratio_of) != ("all", "blocks"):
+            raise ValueError(
+                f"--method {self.method} chooses among all layers itself; leave out --layers and --ratio-of"
+            )
         if self.ratio is None and self.ratio_of != "blocks":
             raise ValueError(f"--ratio-of {self.ratio_of} goes with --ratio, not {_option(given[0])}")
         predicted = self.allocation == "sensitivity" or getattr(self, "profile_from", None) is not None
@@ -196,6 +209,15 @@ class CompressionConfig(BaseModel):
     def _joint_method(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("method") != "joint-rank-k":
             raise ValueError("only --method joint-rank-k has it")
+        return value
+
+    @field_validator("allocation")
+    @classmethod
+    def _of_the_method(cls, value: Allocation, info: ValidationInfo) -> Allocation:
+        method = METHODS[info.data.get("method", "modegpt")]
+        if value not in method.allocations:
+            usable = ", ".join(f"'{one}'" for one in method.allocations if one != "own") or "none: it has its own"
+            raise ValueError(f"not for --method {method.name}, which can be used with {usable}")
         return value
 
     @field_validator("modules", mode="before")
@@ -259,8 +281,8 @@ class RunConfig(CompressionConfig):
         description=f"Calibration text: {', '.join(map(repr, HUB_DATASETS))} from the hub; a .txt, .txt.gz, .jsonl or "
         ".parquet file; 'self', text sampled from the model; or several, separated by commas, each with its share of "
         "the windows if not equal: text.jsonl:0.75,self:0.25. 'mix' is the mixture "
-        f"{MIXTURES['mix'].replace(',', ', ')}. 'none', the default where method and allocation use no text; else "
-        "'wikitext2' is.",
+        f"{mixture.MIXTURES['mix'].replace(',', ', ')}. By default '{mixture.DEFAULT}', or 'none' where method and "
+        "allocation use no text.",
     )
     profile_from: Path | None = Field(
         None,

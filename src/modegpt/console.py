@@ -218,7 +218,8 @@ def experts_lines(report: CompressionReport) -> list[str]:
     """A line for every layer some of whose experts saw too few tokens to be calibrated by them alone."""
     lines = []
     for index, layer in enumerate(report.layers):
-        few, tokens = layer.modules["mlp"].experts_short_of_tokens, layer.modules["mlp"].expert_tokens or []
+        mlp = layer.modules.get("mlp")
+        few, tokens = (mlp.experts_short_of_tokens, mlp.expert_tokens or []) if mlp else ([], [])
         if few:
             which = ", ".join(f"{expert} ({tokens[expert]})" for expert in few)
             lines.append(f"Layer {index}: experts calibrated on fewer tokens than they have channels: {which}")

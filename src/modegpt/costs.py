@@ -121,10 +121,11 @@ def forward_flops(sizes: Sizes, window: int, kept: float = 1.0) -> float:
 def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> float:
     """Operations to add one token of a ``window`` to a layer's statistics (see :class:`modegpt.statistics.GramSum`)."""
     h = sizes.head
-    flops = 2.0 * sizes.normed
+    flops = 2.0 * sizes.normed if wanted else 0.0
     if "mlp" in wanted:
         flops += sizes.routed * _panel_flops(sizes.intermediate)
-    if "mlp" in wanted and sizes.experts > 1:  # what goes into the experts' output maps is computed once more
+    if sizes.experts > 1 and any(name.startswith("mlp") for name in wanted):
+        # What goes into the experts' output maps is computed once more.
         flops += 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
     if "query" in wanted:
         flops += 2.0 * (sizes.heads + sizes.groups) * h**2
@@ -156,8 +157,12 @@ def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
         "key": sizes.groups * sizes.head**2,
         "head_outputs": (sizes.heads * sizes.head) ** 2,
         "logits": sizes.heads * sizes.head**2,
+        "mlp_moments": 2 * sizes.experts * sizes.intermediate,
+        "mlp_input_moments": 2 * sizes.experts * sizes.hidden,
+        "attention_input_moments": 2 * sizes.hidden,
+        "head_outputs_moments": 2 * sizes.heads * sizes.head,
     }
-    return 8 * (sum(elements[name] for name in wanted) + sizes.normed)
+    return 8 * (sum(elements[name] for name in wanted) + (sizes.normed if wanted else 0))
 
 
 def kept_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
@@ -174,6 +179,16 @@ def elimination_bytes(sizes: Sizes) -> int:
     """
     made_up = 0 if sizes.experts == 1 else sizes.intermediate**2
     return 8 * (made_up + 3 * sizes.intermediate**2 + 3 * sizes.intermediate * sizes.hidden)
+
+
+def head_elimination_bytes(sizes: Sizes) -> int:
+    """The same of whole heads."""
+    return elimination_bytes(replace(sizes, experts=1, intermediate=sizes.heads * sizes.head))
+
+
+def selection_bytes(sizes: Sizes) -> int:
+    """What choosing by the weights alone holds: the output maps in float64, and as much of the others at a time."""
+    return 8 * sizes.hidden * (2 * sizes.intermediate + 4 * sizes.heads * sizes.head)
 
 
 def solve_bytes(sizes: Sizes, tokens: int, kept: float = 1.0) -> int:
@@ -201,7 +216,7 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
 
     MLP: Cholesky factor of C and diagonal of its inverse, the same of C_SS, the prediction of the m - k others with
     its residual, W_D' and the norm. Value-output: W_v^T C W_v for every value head, and a thin SVD of an h x d
-    matrix for each. Query-key: a sum over channels. Leading terms only.
+    matrix for each. Query-key: a sum over channels. Whole heads: their greedy elimination. Leading terms only.
     """
     d, m, h = sizes.hidden, sizes.intermediate, sizes.head
     if module == "mlp":  # or one expert
@@ -210,6 +225,9 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
         return 2 / 3 * (m**3 + k**3) + 2 * k * others * m + 2 * k * others * d + 2 * others**2 * d + 2 * m**2 * d
     if module == "vo":
         return sizes.groups * (2 * d**2 * h + 12 * d * h**2) + sizes.heads * 4 * d * h**2 + 10 * sizes.groups * h**3
+    if module == "heads":  # a Cholesky factor, an inverse and its updates, and the products with W_o
+        n = sizes.heads * h
+        return 4.0 * n**3 + 4 * n**2 * d
     return 10.0 * sizes.heads * h**2
 
 

@@ -10,7 +10,7 @@ worker and many.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +21,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
-from .budget import LayerGeometry, LayerRanks, Module, whole
-from .choosing import average, choose
+from .budget import LayerGeometry, LayerRanks, Module, staying, whole
+from .choosing import choose
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
 from .evaluation import Loss
-from .families import model_geometry
+from .families import model_geometry, values_of_layers
 from .journal import Journal
 from .kept import Kept, unpacked
 from .layered import LayeredModel, place, resident
@@ -37,13 +37,11 @@ from .parallel import Workers
 from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult, Profile
-from .runner import Capture, LayerRunner
+from .runner import LayerRunner
+from .scores import block_influence, outlier_shares
 from .solving import LayerSolver, Tensors
 from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
 from .weights import copy_rest
-
-#: Keeps the cosine of a zero vector finite, namely zero.
-_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -150,14 +148,20 @@ class Engine:
 
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
-        geometry = self.geometry(METHODS[config.method].from_config(config))
-        if config.ratio is not None:
-            average(config, geometry)  # refuses what is out of reach
+        method = METHODS[config.method].from_config(config)
+        geometry = self.geometry(method)
+        method.check(self.dense.model, geometry, config, config.ratio or 0.0)
+        if config.allocation == "own":
+            assert config.ratio is not None
+            return method.choose(self, config, config.ratio)
+        outliers = None
         if config.allocation == "sensitivity":
             profile = profile or self.profile(config)
+        elif config.allocation == "owl":
+            outliers = self.once("outliers", lambda: outlier_shares(self, config.owl_threshold))
         elif config.allocation != "uniform":
             influence = influence or self.block_influence()
-        return choose(config, geometry, influence=influence, profile=profile)
+        return choose(config, geometry, influence=influence, profile=profile, outliers=outliers)
 
     def profile(self, config: CompressionConfig) -> Profile:
         """What compressing each module alone costs, see :class:`modegpt.profile.Profiler`."""
@@ -172,50 +176,18 @@ class Engine:
         return profile
 
     def block_influence(self) -> list[tuple[float, float, float]]:
-        """1 - E[cos(input, output)] of every dense layer: of the whole, of its attention and of its MLP.
+        """How much every layer changes its input, see :func:`modegpt.scores.block_influence`."""
+        rows = self.once("block-influence", lambda: block_influence(self))
+        return [(whole, attention, mlp) for whole, attention, mlp in rows]
 
-        ShortGPT's block influence over all real calibration tokens (paper, section 3.3 and B.11).
-        """
-        known = self.workers.tell(self._journal.influence if self._journal else None)
-        if known is not None:
-            return known
-        scores = []
-        hidden = self.activations("scores", self.batches)
-        with self.progress.phase("scores", len(self.dense.layers)), self.runner.active():
-            for index in range(len(self.dense.layers)):
-                self.progress.detail("block influence")
-                with self.dense.live(index) as layer:
-                    self.dense.prefetch(index + 1)
-                    scores.append(self._influence(index, layer, hidden))
-                self.progress.advance()
-        hidden.remove()
-        if self._journal:
-            self._journal.keep_influence(scores)
-        return scores
-
-    def _influence(self, index: int, layer: nn.Module, hidden: Activations) -> tuple[float, float, float]:
-        description = self.family.description
-        path = description.middle(self.dense.model.config)
-        middle = Capture(layer.get_submodule(path or description.attention), outputs=path is None)
-        totals = torch.zeros(4, dtype=torch.float64, device=self.dense.device)
-
-        def score(batch: TokenWindows, entering: torch.Tensor, leaving: torch.Tensor) -> None:
-            # Where attention and MLP are parallel, attention counts as the first to add to the stream.
-            between = middle.value.view_as(entering) if path else entering + middle.value
-            start, between, end = (_real(x, batch) for x in (entering, between, leaving))
-            sizes = [x.norm(dim=-1) for x in (start, between, end)]
-            pairs = ((start, end, 0, 2), (start, between, 0, 1), (between, end, 1, 2))
-            for slot, (one, other, i, j) in enumerate(pairs):
-                similarity = torch.linalg.vecdot(one, other) / (sizes[i] * sizes[j]).clamp_min(_TINY)
-                totals[slot] += (1 - similarity.double()).sum()
-            totals[3] += len(start)
-
-        with middle.attached():
-            self.runner.run_layer(index, hidden, after=score)
-        hidden.complete(index + 1)
-        self.workers.sum(totals)
-        whole, attention, mlp = (totals[:3] / totals[3]).tolist()
-        return whole, attention, mlp
+    def once(self, name: str, compute: Callable[[], list[Any]]) -> list[Any]:
+        """The scores of that name, computed unless the journal has them; they must be what JSON can hold."""
+        known = self.workers.tell(self._journal.scores(name) if self._journal else None)
+        if known is None:
+            known = compute()
+            if self._journal:
+                self._journal.keep_scores(name, known)
+        return known
 
     def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
         """The layer loop: gather, solve, keep, pass on.
@@ -225,6 +197,7 @@ class Engine:
         """
         count, geometry = len(self.dense.layers), self.geometry(method)
         thin = self.skeleton(geometry, choice.ranks)
+        places = {source: place for place, source in enumerate(thin.sources)}
         solver = LayerSolver(self.dense, geometry, self.workers, self.progress)
         done = self.workers.tell(self._journal.finished if self._journal else {})
         kept = not sequential and self.workers.tell(self.kept.profile is not None)
@@ -238,8 +211,12 @@ class Engine:
             for index in range(count):
                 # The outputs, by a later layer.
                 needed = bool(method.statistics and open_layers) and not kept and start <= index < open_layers[-1]
+                gone = index not in places
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
-                if index not in done:
+                if gone and index not in done:
+                    results[index] = LayerResult(choice.sparsity[index], {"layer": ModuleResult(0, 1, 1.0, None)})
+                    self._keep(index, None, {}, results[index])
+                elif index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
                         statistics = (
@@ -250,7 +227,7 @@ class Engine:
                         if index + 1 not in done:
                             self.dense.prefetch(index + 1)
                         ladders = solver.ladders(index, method, layer, statistics, seed)
-                        state, modules = solver.cut(ladders, layer, thin.layers[index], choice.ranks[index])
+                        state, modules = solver.cut(ladders, layer, thin.layers[places[index]], choice.ranks[index])
                         self._say_short_experts(index, modules)
                         del statistics, ladders
                     results[index] = LayerResult(choice.sparsity[index], modules)
@@ -260,8 +237,8 @@ class Engine:
                         hidden.complete(index + 1)
                 elif needed and through_dense:
                     self._pass_on(self.dense, self.runner, index, hidden)
-                if needed and not through_dense:
-                    self._pass_on(thin, thin_runner, index, hidden)
+                if needed and not through_dense and not gone:
+                    self._pass_on(thin, thin_runner, places[index], hidden)
                 self.progress.advance()
         hidden.remove()
         return Compression(thin, [results[index] for index in range(count)], choice)
@@ -323,11 +300,12 @@ class Engine:
         self.progress.detail("passing on")
         with model.live(index):
             runner.run_layer(index, hidden)
-        hidden.complete(index + 1)
+        hidden.complete(model.sources[index] + 1)
 
     def _say_short_experts(self, index: int, modules: Mapping[Module, ModuleResult]) -> None:
-        tokens = modules["mlp"].expert_tokens
-        if tokens and (few := modules["mlp"].experts_short_of_tokens):
+        mlp = modules.get("mlp")
+        tokens = mlp.expert_tokens if mlp else None
+        if mlp and tokens and (few := mlp.experts_short_of_tokens):
             self.progress.note(
                 f"Layer {index}: {len(few)} of {len(tokens)} experts saw fewer tokens than they have channels "
                 f"({min(tokens)} at least); what they lack is estimated from their weights"
@@ -336,15 +314,17 @@ class Engine:
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self.dense.model.config, self.family.description)
 
-    def _keep(self, index: int, thin: LayeredModel, state: Tensors, result: LayerResult, *, used: bool) -> None:
-        """Put a finished layer where it belongs; it stays in memory if it is ``used`` next."""
+    def _keep(
+        self, index: int, thin: LayeredModel | None, state: Tensors, result: LayerResult, *, used: bool = False
+    ) -> None:
+        """Put a finished layer where it belongs, in ``thin`` unless it is gone; in memory if it is ``used`` next."""
         self.progress.detail("keeping the layer")
         if self._journal:
             self._journal.keep_layer(index, state, result)
-        if not self._durable:
-            place(thin.layers[index], state)
-        elif used:
-            thin.bring(index, state)
+        if thin is not None and not self._durable:
+            place(thin.layers[thin.sources.index(index)], state)
+        elif thin is not None and used:
+            thin.bring(thin.sources.index(index), state)
 
     def skeleton(
         self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks], *, share: bool = False
@@ -365,19 +345,22 @@ class Engine:
         if self.family.description.experts is not None:
             compressed.set_experts_implementation(dense.config._experts_implementation)
         compressed.eval()
-        return LayeredModel(compressed, self.family, self._finished_layer if self._durable else None, ahead=False)
+        sources = staying(ranks)
 
-    def _finished_layer(self, index: int) -> Tensors:
-        """A compressed layer's tensors, from the first worker's journal."""
-        own = self._journal.tensors(index) if self._journal else None
-        return self.workers.tensors(own, 0, self.dense.device)
+        def read(index: int) -> Tensors:
+            """A compressed layer's tensors, from the first worker's journal."""
+            own = self._journal.tensors(sources[index]) if self._journal else None
+            return self.workers.tensors(own, 0, self.dense.device)
+
+        return LayeredModel(compressed, self.family, read if self._durable else None, ahead=False, sources=sources)
 
     def compressed_config(self, geometry: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> Any:
         """The compressed model's config: the dense one's values, its own model type, and the widths per layer."""
-        values = self.dense.model.config.to_dict()
+        stay = staying(ranks)
+        values = values_of_layers(self.dense.model, stay)
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
-        sizes = (layer.sizes(rank) for layer, rank in zip(geometry, ranks, strict=True))
+        sizes = (geometry[index].sizes(ranks[index]) for index in stay)
         per_layer = {index: widths.to_config() for index, widths in enumerate(sizes)}
         if self.family.inferred:
             values["compressed_family"] = self.family.description.differences()
@@ -402,9 +385,3 @@ class Engine:
         total = torch.tensor(int(true))
         self.workers.sum(total)
         return int(total) == self.workers.size
-
-
-def _real(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:
-    """The rows (N, d) of real tokens in (B, T, d), in float32."""
-    rows = hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask.to(hidden.device)]
-    return rows.float()

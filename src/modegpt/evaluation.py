@@ -32,13 +32,17 @@ class Loss:
         self.totals += torch.tensor([float(loss), len(targets)], dtype=torch.float64)
 
     def perplexity(self) -> float:
-        """Exp of the mean; raises :class:`InvalidRequest` without any predicted token."""
+        """Exp of the mean."""
+        return math.exp(min(self.mean(), 700.0))  # exp overflows a float beyond 709
+
+    def mean(self) -> float:
+        """The loss of one token; raises :class:`InvalidRequest` without any predicted token."""
         total, count = self.totals.tolist()
         if count == 0:
             raise InvalidRequest("the text has no two real tokens in a row: there is nothing to predict")
         if not math.isfinite(total):
             raise NumericalError("the model's loss is NaN or infinite")
-        return math.exp(min(total / count, 700.0))  # exp overflows a float beyond 709
+        return float(total / count)
 
 
 class Predictions:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +15,8 @@ from .budget import LayerGeometry, layer_geometry
 from .errors import InvalidRequest
 from .modeling import FAMILIES, CompressedFamily, Family, has_experts, is_compressed
 
+#: Which layers of a model with experts have none, by their numbers.
+_WITHOUT_EXPERTS = "mlp_only_layers"
 #: The parts of a layer as a method sees them, see :meth:`modegpt.methods.Method.geometry`.
 GeometryOf = Callable[[nn.Module, PreTrainedConfig, Family], LayerGeometry]
 
@@ -111,6 +114,52 @@ def decoder_layers(model: PreTrainedModel, family: CompressedFamily) -> list[nn.
     layers = base_model(model).get_submodule(family.description.layers)
     assert isinstance(layers, nn.ModuleList)
     return list(layers)
+
+
+def values_of_layers(model: PreTrainedModel, stay: Sequence[int]) -> dict[str, Any]:
+    """The config of a stock ``model`` as values, for a model of the layers ``stay`` alone.
+
+    What the config says layer by layer follows: lists with an entry for every layer, and which layers have no experts.
+    """
+    config, layers = model.config, decoder_layers(model, family_of(model))
+    values: dict[str, Any] = config.to_dict()
+    if len(stay) == len(layers):
+        return values
+    for name, value in values.items():
+        if "layer" in name and isinstance(value, list) and len(value) == len(layers) and name != _WITHOUT_EXPERTS:
+            values[name] = [value[index] for index in stay]
+    if _WITHOUT_EXPERTS in values:
+        plain = [
+            place for place, index in enumerate(stay) if not has_experts(layers[index], family_of(model).description)
+        ]
+        values |= {_WITHOUT_EXPERTS: plain, "decoder_sparse_step": 1}
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(stay)
+    return values
+
+
+def check_removable(model: PreTrainedModel, option: str) -> None:
+    """Refuse to remove whole layers of a ``model`` whose layers depend on their number; ``option`` asks for it."""
+    family, layers = family_of(model), decoder_layers(model, family_of(model))
+    stay = range(1, len(layers))
+    if not stay:
+        raise InvalidRequest(f"{option} removes whole layers, and MODEL has only one")
+    with init_empty_weights(include_buffers=False):
+        moved = family.stock(type(model.config).from_dict(values_of_layers(model, stay)))
+    for before, after in zip(layers[1:], decoder_layers(moved, family), strict=True):
+        for (path, one), (_, other) in zip(before.named_modules(), after.named_modules(), strict=True):
+            found, expected = _facts(other), _facts(one)
+            if found != expected:
+                raise InvalidRequest(
+                    f"{option} removes whole layers, and what a layer of this model does depends on its number "
+                    f"({path or 'the layer'}: {', '.join(sorted(dict(expected.items() ^ found.items())))})"
+                )
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """What a module goes by besides its weights, which are named with their shapes."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    return {name: value for name, value in plain.items() if name not in ("layer_idx", "training")} | shapes
 
 
 def model_geometry(model: PreTrainedModel, of: GeometryOf = layer_geometry) -> list[LayerGeometry]:

@@ -49,7 +49,7 @@ class _Manifest(BaseModel):
     run: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
     starts: int = 0
     fingerprint: dict[str, Any]
-    influence: list[tuple[float, float, float]] | None = None
+    scores: dict[str, list[Any]] = {}
     layers: dict[int, _LayerRecord] = {}
     perplexity: dict[str, float] = {}
     published: str | None = None
@@ -89,7 +89,7 @@ class Journal:
     @property
     def worth_keeping(self) -> bool:
         """Whether anything was finished."""
-        return bool(self._manifest.layers or self._manifest.influence or self.kept.profile or self.windows())
+        return bool(self._manifest.layers or self._manifest.scores or self.kept.profile or self.windows())
 
     @property
     def run(self) -> str:
@@ -116,14 +116,13 @@ class Journal:
         """Layers that were finished once and whose files were found damaged or missing: to be done again."""
         return self._broken
 
-    @property
-    def influence(self) -> list[tuple[float, float, float]] | None:
-        """The block-influence scores, once they are known."""
-        return self._manifest.influence
+    def scores(self, name: str) -> list[Any] | None:
+        """The scores of that name for every layer, once they are known."""
+        return self._manifest.scores.get(name)
 
-    def keep_influence(self, scores: list[tuple[float, float, float]]) -> None:
-        """Note the block-influence scores."""
-        self._manifest.influence = scores
+    def keep_scores(self, name: str, scores: list[Any]) -> None:
+        """Note scores of every layer, in what JSON can hold."""
+        self._manifest.scores[name] = scores
         self._write()
 
     def perplexity(self, model: str) -> float | None:

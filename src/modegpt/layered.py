@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -25,16 +25,24 @@ class LayeredModel:
 
     Without ``read`` the layers are those of ``model``, as in any model. With it they are on the meta device, and
     ``read(k)`` brings the tensors of layer k by their names in that layer, on the device where it is to run;
-    ``ahead`` allows it to be called in a thread of its own.
+    ``ahead`` allows it to be called in a thread of its own. ``sources`` are the numbers of the dense model's layers
+    that the layers were made of; all of them by default.
     """
 
     def __init__(
-        self, model: PreTrainedModel, family: CompressedFamily, read: LayerReader | None = None, *, ahead: bool = True
+        self,
+        model: PreTrainedModel,
+        family: CompressedFamily,
+        read: LayerReader | None = None,
+        *,
+        ahead: bool = True,
+        sources: Sequence[int] | None = None,
     ) -> None:
         self.model = model
         self.family = family
         self.base = base_model(model)
         self.layers = decoder_layers(model, family)
+        self.sources = list(range(len(self.layers)) if sources is None else sources)
         self._read = read
         self._background = ThreadPoolExecutor(max_workers=1) if read is not None and ahead else None
         self._coming: dict[int, Future[Mapping[str, torch.Tensor]]] = {}

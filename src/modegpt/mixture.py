@@ -31,6 +31,9 @@ from .errors import InvalidRequest
 #: Mixtures with a name. This one holds no text that compressed models are commonly judged by.
 MIXTURES: Mapping[str, str] = {"mix": "fineweb-edu:0.3,c4:0.2,ultrachat:0.25,self:0.25"}
 
+#: What is calibrated on where nothing is said.
+DEFAULT = "wikitext2"
+
 
 @dataclass(frozen=True)
 class Mixture:

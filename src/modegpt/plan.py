@@ -22,7 +22,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
 from .aims import with_ratio
-from .choosing import average
 from .config import HELD_OUT, NONE, ProfileConfig, RunConfig
 from .costs import (
     Sizes,
@@ -45,10 +44,11 @@ from .methods import METHODS
 from .mixture import Mixture
 from .parallel import Workers, processes, processes_here
 from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
+from .progress import Progress
 from .runner import HEAD_POSITIONS, LayerRunner
+from .solving import LayerSolver
 from .sources import ModelSource, empty_model
 from .statistics import StatisticsCollector, observable
-from .weights import read_mlp, read_query_key, read_value_output
 
 #: Allowance for what PyTorch's kernels and the allocator hold besides tensors.
 OVERHEAD_BYTES = 100_000_000
@@ -167,9 +167,8 @@ def make_plan(
         message = " ".join(str(error).split())
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     config = with_ratio(config, model, dtype.itemsize)
-    geometry = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    if config.ratio is not None:
-        average(config, geometry)  # refuses what is out of reach
+    method = METHODS[config.method].from_config(config)
+    method.check(model, model_geometry(model, method.geometry), config, _ratio(config))
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
@@ -330,13 +329,14 @@ def _states(config: RunConfig, shape: Shape) -> int:
 
 
 def _streams(config: RunConfig, shape: Shape) -> list[Part]:
-    """The hidden states of the probe windows with each module alone compressed."""
-    if not _profiles(config):
+    """The hidden states of the probe windows with each module alone compressed, or without each layer."""
+    method = METHODS[config.method].from_config(config)
+    if not _profiles(config) and method.removal_passes(shape.sizes.layers, _ratio(config)) is None:
         return []
     length = min(PROBE_LENGTH, config.sequence_length)
     windows = _share(config, probe_windows(config.sequence_length))
     count = 1 + len(config.modules) * shape.sizes.layers
-    return [Part(name="streams of the profile", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
+    return [Part(name="streams of probe windows", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
 
 
 def _share(config: RunConfig, windows: int) -> int:
@@ -399,7 +399,12 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         forward = (tokens * dense if method.statistics else 0) + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
-    elif config.allocation.startswith("block"):
+    elif (passes := method.removal_passes(sizes.layers, _ratio(config))) is not None:
+        runs, heads = passes
+        probe = min(PROBE_TOKENS, config.samples * window)
+        one_head = head_flops(sizes.hidden, shape.vocabulary)
+        phases.append(phase("scores", forward=probe * runs * dense / sizes.layers, head=probe * heads * one_head))
+    elif config.allocation not in ("uniform", "sensitivity"):
         phases.append(phase("scores", forward=tokens * dense))
     if isinstance(config, ProfileConfig):
         return phases
@@ -476,15 +481,17 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
             with clock("sample"):
                 model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
     statistics = collector.result(Workers())
-    of_mlp = statistics.of_expert(0) if experts else statistics
+    of_mlp = statistics.of_expert(0) if experts and "mlp" in method.statistics else statistics
     enough = config.samples * config.sequence_length >= sizes.intermediate
     if "mlp" in method.statistics and enough and sizes.intermediate > batch.tokens // (2 * sizes.experts):
         # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
         of_mlp["mlp"].diagonal().add_(of_mlp["mlp"].diagonal().mean().clamp_min(1))
+    solver = LayerSolver(model, [], Workers(), Progress())
     with clock("solve"):
-        method.mlp(read_mlp(layer, family, 0 if experts else None), of_mlp).at(rank(sizes.intermediate))
-        method.query_key(read_query_key(layer, family, heads), statistics).at(rank(sizes.head // heads.step))
-        method.value_output(read_value_output(layer, family, heads), statistics).at(rank(sizes.head))
+        for module, shape in method.geometry(layer, model.model.config, family).modules.items():
+            if module != "layer":
+                part = (module, 0 if experts and module == "mlp" else None)
+                solver.ladder(part, method, layer, statistics).at(rank(shape.full))
     return seconds
 
 

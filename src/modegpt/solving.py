@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -21,9 +21,11 @@ from .progress import Progress
 from .results import ModuleResult
 from .statistics import LayerStatistics
 from .weights import (
+    HeadWeights,
     MLPWeights,
     cast_like,
     complete,
+    head_tensors,
     mlp_tensors,
     query_key_tensors,
     read_mlp,
@@ -99,7 +101,7 @@ class LayerSolver:
             for part in (part for part in parts if owners[part] == self._workers.rank):
                 self._progress.detail(f"solving {part[0]}" if part[1] is None else f"solving expert {part[1]}")
                 seeded(part)
-                own[part] = self._ladder(part, method, layer, statistics)
+                own[part] = self.ladder(part, method, layer, statistics)
         return LayerLadders(index, owners, own, seeded, statistics.expert_tokens)
 
     def cut(
@@ -112,7 +114,7 @@ class LayerSolver:
                 ladders.seeded(part)
                 solution = ladder.at(rank[part[0]])
                 solved[part] = self._tensors(part, solution), Outcome.of(solution)
-        state: Tensors = {}
+        state = self._untouched(layer, {part[0] for part in ladders.owners})
         geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
         outcomes: dict[Module, list[Outcome]] = {module: [] for module in geometry}
         for part, owner in ladders.owners.items():
@@ -142,20 +144,44 @@ class LayerSolver:
         device = self._dense.device
         return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
-    def _ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
-        family, heads, (module, expert) = self._family, self._heads(layer), part
-        if module == "qk":
-            return method.query_key(read_query_key(layer, family, heads), statistics)
-        if module == "vo":
-            return method.value_output(read_value_output(layer, family, heads), statistics)
-        weights = read_mlp(layer, family, expert)
+    def ladder(self, part: Part, method: Method, layer: nn.Module, statistics: LayerStatistics) -> Ladder[Any]:
+        """What ``method`` finds for one part of a layer."""
+        module, expert = part
+        weights = self._read(part, layer)
         if expert is not None:
             statistics = _for_expert(statistics, expert, weights)
-        return method.mlp(weights, statistics)
+        solvers: dict[Module, Callable[[Any, LayerStatistics], Ladder[Any]]] = {
+            "mlp": method.mlp,
+            "qk": method.query_key,
+            "vo": method.value_output,
+            "heads": method.heads,
+        }
+        return solvers[module](weights, statistics)
+
+    def _read(self, part: Part, layer: nn.Module) -> Any:
+        """The dense weights of a part."""
+        family, heads, (module, expert) = self._family, self._heads(layer), part
+        if module == "mlp":
+            return read_mlp(layer, family, expert)
+        if module == "qk":
+            return read_query_key(layer, family, heads)
+        if module == "vo":
+            return read_value_output(layer, family, heads)
+        return HeadWeights(read_query_key(layer, family, heads), read_value_output(layer, family, heads))
+
+    def _untouched(self, layer: nn.Module, modules: Collection[Module]) -> Tensors:
+        """What the ``modules`` do not speak for, as it is, in the compressed layer's state dict."""
+        tensors: Tensors = {}
+        for part in _parts(layer, self._family, ("mlp", "heads")):
+            if part[0] not in modules and not (part[0] == "heads" and {"qk", "vo"} & set(modules)):
+                tensors |= self._tensors(part, Solution(self._read(part, layer), 0.0, 0.0))
+        return cast_like(tensors, layer)
 
     def _tensors(self, part: Part, solution: Solution[Any]) -> Tensors:
         """A part's compressed weights as in the compressed layer's state dict."""
         (module, expert), weights, family = part, solution.weights, self._family
+        if module == "heads":
+            return head_tensors(weights, family)
         if module == "mlp":
             tensors = mlp_tensors(weights, family, expert)
         elif module == "qk":
@@ -169,14 +195,17 @@ class LayerSolver:
 
 
 def _parts(layer: nn.Module, family: Family, modules: Sequence[Module]) -> list[Part]:
-    """What is solved by itself in a layer: its ``modules``, and in place of the MLP each expert."""
+    """What is solved by itself in a layer: its ``modules`` but itself, and in place of the MLP each expert."""
     experts = expert_count(layer, family)
     mlp: list[Part] = [("mlp", expert) for expert in range(experts)] if experts else [("mlp", None)]
-    return [part for module in modules for part in (mlp if module == "mlp" else [(module, None)])]
+    inside = [module for module in modules if module != "layer"]
+    return [part for module in inside for part in (mlp if module == "mlp" else [(module, None)])]
 
 
 def _for_expert(statistics: LayerStatistics, expert: int, weights: MLPWeights) -> LayerStatistics:
     """The statistics of one expert, made up for where it saw fewer tokens than it has channels."""
+    if "mlp" not in statistics.sums:
+        return statistics
     assert statistics.expert_tokens is not None
     own = statistics.of_expert(expert)
     gram = own["mlp"]

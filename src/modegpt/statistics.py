@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .data import TokenWindows
-from .layout import HeadShape, expert_count, intermediate_size, query_key_value
+from .layout import HeadShape, expert_count, query_key_value
 from .logits import attended, logit_features
 from .modeling import FAMILIES, Family, is_joint
 from .parallel import Workers
@@ -77,6 +77,29 @@ class GramSum:
         return self._sum
 
 
+class MomentSum:
+    """The sums over tokens of x and of x^2, (..., 2, n) float64, for x (..., N, n) given piece by piece."""
+
+    resolution = 0.0
+
+    def __init__(self, out: torch.Tensor | None = None) -> None:
+        """The sums are kept in ``out`` (..., 2, n) where given, zeros of float64."""
+        self._sum = out
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add those of x (..., N, n), in any floating-point dtype."""
+        for rows in x.split(BLOCK_ROWS, dim=-2):
+            wide = rows.double()
+            both = torch.stack((wide.sum(-2), wide.square().sum(-2)), dim=-2)
+            self._sum = both if self._sum is None else self._sum.add_(both)
+
+    def total(self, workers: Workers) -> torch.Tensor:
+        """The sums over all workers' tokens; this ends the accumulation."""
+        assert self._sum is not None
+        workers.sum(self._sum)
+        return self._sum
+
+
 #: Sums over tokens that a method can ask for; notation: d hidden size, m intermediate size, G key-value heads, g query
 #: heads each, H = G g, h head size.
 #:
@@ -87,9 +110,25 @@ class GramSum:
 #: query, key       C_q and C_k of every head after the rotary embedding: (G, g, h, h) and (G, h, h)
 #: head_outputs     C = Z^T Z of what all heads put out, without the value bias: (H h, H h)
 #: logits           F, the covariance of the features of every head's logits: (G, g, h, h), see decompositions.logits
-Statistic = Literal["mlp", "mlp_input", "attention_input", "query", "key", "head_outputs", "logits"]
-#: These are always gathered, where queries and keys are normed: U = sum of u^T u, u_i = n x_i^2 / sum_j x_j^2 for the n
-#: channels that go into a norm. Of queries (G, g, h, h) and keys (G, h, h), or, for norms over all heads,
+#:
+#: Of some activations only the sums of x and of x^2 can be had, which cost next to nothing: (2, n), see
+#: :class:`MomentSum`. ``mlp_input`` is what goes into the MLP's first maps. Of experts they are (E, 2, n), each over
+#: the tokens that are routed to it.
+Statistic = Literal[
+    "mlp",
+    "mlp_input",
+    "attention_input",
+    "query",
+    "key",
+    "head_outputs",
+    "logits",
+    "mlp_moments",
+    "mlp_input_moments",
+    "attention_input_moments",
+    "head_outputs_moments",
+]
+#: Where queries and keys are normed, these are gathered with any others: U = sum of u^T u, u_i = n x_i^2 / sum_j x_j^2
+#: for the n channels that go into a norm. Of queries (G, g, h, h) and keys (G, h, h), or, for norms over all heads,
 #: (H h, H h) and (G h, G h).
 Squares = Literal["query_squares", "key_squares"]
 
@@ -180,47 +219,55 @@ class StatisticsCollector:
         self._shape = shape
         self._wanted = wanted
         self._mask: torch.Tensor | None = None
-        self._sums: dict[str, GramSum] = {}
+        self._sums: dict[str, GramSum | MomentSum] = {}
         self._tokens = 0
         _, _, (_, self._value_bias) = query_key_value(layer, family, shape)
         self._experts: nn.Module | None = None
-        self._mlp_output: nn.Module | None = None
         self._device = next(layer.parameters()).device
-        if count := expert_count(layer, family):
+        self._mlp_input: nn.Module | None = None
+        self._mlp_output: nn.Module | None = None
+        if expert_count(layer, family):
             self._experts = layer.get_submodule(str(family.experts))
-            device, m = next(self._experts.parameters()).device, intermediate_size(layer, family)
-            self._mlp = torch.zeros(count, m, m, dtype=torch.float64, device=device)
-            self._expert_sums = [GramSum(out) for out in self._mlp]
-            self._routed = torch.zeros(count, dtype=torch.int64, device=device)
+            self._prepare_experts(self._experts)
         else:
+            self._mlp_input = layer.get_submodule(family.mlp_inputs[0])
             self._mlp_output = layer.get_submodule(family.mlp_output)
         if "logits" in wanted:
             h = shape.head
             self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=self._device)
             self._logit_sums = [GramSum(out) for out in self._logits]
 
-        self._mlp_input = None if self._experts is not None else layer.get_submodule(family.mlp_inputs[0])
+    def _prepare_experts(self, experts: Any) -> None:
+        """Zeros for every expert, since some may see no token."""
+        count, d, m = experts.down_proj.shape
+        device = experts.down_proj.device
+        shapes = {"mlp": (m, m), "mlp_moments": (2, m), "mlp_input_moments": (2, d)}
+        self._of_experts = {
+            name: torch.zeros(count, *shape, dtype=torch.float64, device=device)
+            for name, shape in shapes.items()
+            if name in self._wanted
+        }
+        self._expert_sums = {name: [_sum_of(name)(part) for part in whole] for name, whole in self._of_experts.items()}
+        self._routed = torch.zeros(count, dtype=torch.int64, device=device)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Collect from every forward of the layer within this context."""
         attention, family = self._attention, self._family
         hooks = []
-        if "attention_input" in self._wanted:
+        if self._asked("attention_input"):
             inputs = attention.get_submodule(family.input_maps[-1])
             hooks.append(inputs.register_forward_pre_hook(self._input("attention_input")))
-        if "head_outputs" in self._wanted:
+        if self._asked("head_outputs"):
             hooks.append(attention.get_submodule(family.output).register_forward_pre_hook(self._head_outputs))
-        if "mlp_input" in self._wanted and self._mlp_input is not None:
-            hooks.append(self._mlp_input.register_forward_pre_hook(self._input("mlp_input")))
-        if "mlp" in self._wanted and self._experts is None:
-            assert self._mlp_output is not None
-            hooks.append(self._mlp_output.register_forward_pre_hook(self._input("mlp")))
-        elif "mlp" in self._wanted:
-            assert self._experts is not None
+        if self._experts is not None and self._of_experts:
             hooks.append(self._experts.register_forward_pre_hook(self._observe_experts))
+        if self._mlp_output is not None and self._asked("mlp"):
+            hooks.append(self._mlp_output.register_forward_pre_hook(self._input("mlp")))
+        if self._mlp_input is not None and self._asked("mlp_input"):
+            hooks.append(self._mlp_input.register_forward_pre_hook(self._input("mlp_input")))
         for norm, name, projection in zip(family.norms, ("query", "key"), family.input_maps, strict=False):
-            if norm is not None and getattr(attention, norm, None) is not None:
+            if self._wanted and norm is not None and getattr(attention, norm, None) is not None:
                 joint = is_joint(getattr(attention, norm), self._count(name), self._shape.head)
                 hooks.append(attention.get_submodule(projection).register_forward_hook(self._squares(name, joint)))
         with ExitStack() as stack:
@@ -239,7 +286,8 @@ class StatisticsCollector:
     def result(self, workers: Workers) -> LayerStatistics:
         """The statistics of everything that all workers have seen."""
         sums = {name: gram.total(workers) for name, gram in self._sums.items()}
-        grams, routed = list(self._sums.values()), None
+        grams: list[GramSum | MomentSum] = list(self._sums.values())
+        routed = None
         if "logits" in self._wanted:
             for gram in self._logit_sums:
                 gram.total(workers)
@@ -249,19 +297,24 @@ class StatisticsCollector:
         for name in ("query", "query_squares", "logits"):
             if name in sums and sums[name].dim() == 3:
                 sums[name] = sums[name].unflatten(0, lead)
-        tokens = torch.tensor(self._tokens, device=self._device)
+        tokens = torch.tensor(self._tokens, device=next(self._attention.parameters()).device)
         workers.sum(tokens)
-        if self._experts is not None:
-            for gram in self._expert_sums:
-                gram.total(workers)
+        if self._experts is not None and self._of_experts:
+            for name, parts in self._expert_sums.items():
+                for part in parts:
+                    part.total(workers)
+                sums[name] = self._of_experts[name]
+                grams += parts
             workers.sum(self._routed)
-            sums["mlp"], routed = self._mlp, tuple(self._routed.tolist())
-            grams += self._expert_sums
+            routed = tuple(self._routed.tolist())
         resolution = max((gram.resolution for gram in grams), default=0.0)
         return LayerStatistics(cast(Any, sums), int(tokens), resolution, routed)
 
     def _count(self, name: str) -> int:
         return self._shape.heads if name == "query" else self._shape.groups
+
+    def _asked(self, name: str) -> bool:
+        return name in self._wanted or f"{name}_moments" in self._wanted
 
     def _input(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _, args: self._add(name, args[0].flatten(0, -2))
@@ -298,7 +351,7 @@ class StatisticsCollector:
 
     def _observe_experts(self, experts: Any, args: tuple[torch.Tensor, ...]) -> None:
         hidden, chosen, weights = args  # (N, d), (N, k), (N, k)
-        for expert, gram in enumerate(self._expert_sums):
+        for expert in range(len(self._routed)):
             routed = chosen == expert
             if self._mask is not None:
                 routed = routed & self._mask.to(routed.device)[:, None]
@@ -306,9 +359,17 @@ class StatisticsCollector:
             self._routed[expert] += len(tokens)
             if len(tokens):
                 gate, up = nn.functional.linear(hidden[tokens], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-                gram.add(experts.act_fn(gate) * up * weights[tokens, slot, None])
+                seen = {"mlp": experts.act_fn(gate) * up * weights[tokens, slot, None], "mlp_input": hidden[tokens]}
+                for name, sums in self._expert_sums.items():
+                    sums[expert].add(seen[name.removesuffix("_moments")])
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        """Add the real tokens of x (B T, ..., n): one Gram matrix for each index in between."""
+        """Add the real tokens of x (B T, ..., n) to what is asked for: one sum for each index in between."""
         rows = x.detach() if self._mask is None else x.detach()[self._mask.to(x.device)]  # (N, ..., n)
-        self._sums.setdefault(name, GramSum()).add(rows.movedim(0, -2))  # (..., N, n)
+        for wanted in (name, f"{name}_moments"):
+            if wanted in self._wanted or wanted.endswith("_squares"):
+                self._sums.setdefault(wanted, _sum_of(wanted)()).add(rows.movedim(0, -2))  # (..., N, n)
+
+
+def _sum_of(name: str) -> type[GramSum] | type[MomentSum]:
+    return MomentSum if name.endswith("_moments") else GramSum

@@ -47,6 +47,7 @@ class MLPWeights:
             inputs=tuple(weight[:, kept] for weight in self.inputs),
             input_biases=tuple(None if bias is None else bias[kept] for bias in self.input_biases),
             output=output,
+            output_bias=self.output_bias,
         )
 
 
@@ -65,11 +66,11 @@ class NormWeights:
     def select(self, channels: torch.Tensor, squares: torch.Tensor | None) -> NormWeights:
         """Keep the ``channels`` (G, k); ``squares`` as in :class:`modegpt.statistics.LayerStatistics`.
 
-        They are not needed where all channels are kept, in another order.
+        Without statistics those that stay stand for equally many of all.
         """
-        energy = chosen = _select(self.energy, channels)
+        chosen = _select(self.energy, channels)
         if squares is None:
-            assert chosen.shape == self.energy.shape
+            energy = torch.full_like(chosen, self.energy.shape[-1] / channels.shape[-1])
         elif self.joint:  # one head of all channels
             every = torch.arange(self.weight.numel(), device=channels.device).view_as(self.weight)
             energy = norm_energy(squares, _select(every, channels).flatten())
@@ -77,6 +78,17 @@ class NormWeights:
             energy = norm_energy(squares, _select(_positions(self.weight), channels))
         bias = None if self.bias is None else _select(self.bias, channels)
         return replace(self, weight=_select(self.weight, channels), energy=energy.view_as(chosen), bias=bias)
+
+    def of_groups(self, kept: torch.Tensor, squares: torch.Tensor | None) -> NormWeights:
+        """Keep all channels of the key-value heads ``kept`` (n,); ``squares`` as for :meth:`select`."""
+        energy = self.energy[kept]
+        if self.joint and squares is not None:
+            every = torch.arange(self.weight.numel(), device=kept.device).view_as(self.weight)
+            energy = norm_energy(squares, every[kept].flatten()).view_as(energy)
+        elif self.joint:
+            energy = energy * (len(self.weight) / len(kept))
+        bias = None if self.bias is None else self.bias[kept]
+        return replace(self, weight=self.weight[kept], energy=energy, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -111,12 +123,26 @@ class QueryKeyWeights:
         """The first and the second channel of every rotary pair."""
         return rotary_pairs(self.rotary, self.neighbours, self.query.device)
 
-    def in_pairs(self) -> tuple[QueryKeyWeights, torch.Tensor | None]:
-        """All channels in the order in which a compressed layer has them, and their rotary pairs (G, r)."""
+    def compact(self) -> tuple[QueryKeyWeights, torch.Tensor | None]:
+        """All channels in the order that the compressed model has them in, and the rotary pairs (G, h / 2) of all."""
         if not self.rotary:
             return self, None
         first, second, pairs = couples(torch.zeros_like(self.key[:, 0]), self.rotary, self.neighbours)
         return self.select(torch.cat((first, second), dim=-1), None, None), pairs
+
+    def of_groups(
+        self, kept: torch.Tensor, query_squares: torch.Tensor | None, key_squares: torch.Tensor | None
+    ) -> QueryKeyWeights:
+        """Keep the key-value heads ``kept`` (n,) with their queries; the rest as for :meth:`select`."""
+        return replace(
+            self,
+            query=self.query[kept],
+            key=self.key[kept],
+            query_bias=None if self.query_bias is None else self.query_bias[kept],
+            key_bias=None if self.key_bias is None else self.key_bias[kept],
+            query_norm=None if self.query_norm is None else self.query_norm.of_groups(kept, query_squares),
+            key_norm=None if self.key_norm is None else self.key_norm.of_groups(kept, key_squares),
+        )
 
     def turned(self, coefficients: torch.Tensor) -> QueryKeyWeights:
         """With queries whose pairs are rotated and scaled by ``coefficients`` (G, g, h): see :func:`rotate`."""
@@ -162,6 +188,33 @@ class ValueOutputWeights:
         """W_v and W_o of all heads: (d, G h) and (H h, d)."""
         return self.value.permute(1, 0, 2).flatten(1), self.output.flatten(0, 2)
 
+    def select(self, channels: torch.Tensor) -> ValueOutputWeights:
+        """Keep the value ``channels`` (G, k) of every group."""
+        output = _select(self.output.mT, channels).mT
+        return replace(self, value=_select(self.value, channels), output=output)
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """All of attention: what decides where it looks, and what it takes from there."""
+
+    query_key: QueryKeyWeights
+    value_output: ValueOutputWeights
+
+    def select(
+        self,
+        kept: torch.Tensor,
+        output: torch.Tensor,
+        query_squares: torch.Tensor | None,
+        key_squares: torch.Tensor | None,
+    ) -> HeadWeights:
+        """Keep the key-value heads ``kept`` (n,), with W_o = ``output`` (n, g, h, d); the rest as for queries and keys.
+
+        What the values' biases put out stays, since it does not depend on the input.
+        """
+        value_output = replace(self.value_output, value=self.value_output.value[kept], output=output)
+        return HeadWeights(self.query_key.of_groups(kept, query_squares, key_squares), value_output)
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -192,11 +245,12 @@ def _positions(x: torch.Tensor) -> torch.Tensor:
 def read_mlp(layer: nn.Module, family: Family, expert: int | None = None) -> MLPWeights:
     """Copy a stock layer's MLP, or one of its experts, into the common form."""
     inputs, output = mlp_maps(layer, family, expert)
+    bias = linear(layer, family.mlp_output)[1] if expert is None else None
     return MLPWeights(
         inputs=tuple(weight for weight, _ in inputs),
         input_biases=tuple(bias for _, bias in inputs),
         output=output.double(),
-        output_bias=None if expert is not None else linear(layer, family.mlp_output)[1],
+        output_bias=None if bias is None else bias.double(),
         parts=1 if expert is not None else len(inputs) // len(family.mlp_inputs),
     )
 
@@ -292,6 +346,12 @@ def read_value_output(layer: nn.Module, family: Family, shape: HeadShape) -> Val
         carried = torch.einsum("gh,gnhd->d", value_bias, output)
         bias = carried if bias is None else bias + carried
     return ValueOutputWeights(value=value.permute(1, 0, 2), output=output, output_bias=bias)
+
+
+def head_tensors(heads: HeadWeights, family: Family) -> dict[str, torch.Tensor]:
+    """Compressed attention that has all channels of some heads, as in the compressed layer's state dict."""
+    query_key, pairs = heads.query_key.compact()
+    return query_key_tensors(query_key, pairs, family) | value_output_tensors(heads.value_output, family)
 
 
 def value_output_tensors(vo: ValueOutputWeights, family: Family) -> dict[str, torch.Tensor]:

@@ -6,13 +6,16 @@ Orientation follows the paper: rows are tokens and a linear map is ``y = x W``.
 """
 
 from .cr import CRDecomposition, channel_scores, couples, cr_decomposition
-from .elimination import Elimination, greedy_elimination, refit, regularised
+from .elimination import Elimination, greedy_elimination, refit, regularised, unit_channels
 from .experts import with_pseudo_tokens
+from .fluctuation import fluctuation, mean_contribution, standardised
 from .linalg import top_indices
 from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate
 from .low_rank import LowRank, activation_scales, break_even, low_rank, whitening
 from .norm import norm_energy
 from .nystrom import NystromDecomposition, nystrom_decomposition, ridge_leverage_scores
+from .outliers import outlier_share
+from .selection import selection_losses
 from .svd import SVDDecomposition, balance, svd_decomposition
 from .values import ValueLadder, energy_bases, group_bases, value_ladder
 
@@ -31,19 +34,25 @@ __all__ = [
     "couples",
     "cr_decomposition",
     "energy_bases",
+    "fluctuation",
     "greedy_elimination",
     "group_bases",
     "kept_coefficients",
     "logit_ladder",
     "low_rank",
+    "mean_contribution",
     "norm_energy",
     "nystrom_decomposition",
+    "outlier_share",
     "refit",
     "regularised",
     "ridge_leverage_scores",
     "rotate",
+    "selection_losses",
+    "standardised",
     "svd_decomposition",
     "top_indices",
+    "unit_channels",
     "value_ladder",
     "whitening",
     "with_pseudo_tokens",

@@ -1,15 +1,17 @@
-"""Type I (MLP) by greedy elimination: channels go by what the re-fitted output map loses with them.
+"""Greedy elimination: channels, or blocks of them, go by what the re-fitted output map loses with them.
 
 The objective is that of Theorem 1, made to prefer the weights as they are where the data do not decide:
 
     J(S, W') = ||Z W_D - Z S W'||_F^2 + lambda ||W_D - S W'||_F^2 = tr(R^T A R),  R = W_D - S W',  A = C + lambda I
 
 For given channels S the best W' is W_D[S] + (A_SS)^-1 A_SD W_D[D]. Leverage scores (Algorithm 1) do not see W_D. Here
-the next channel i to go is the one that raises J least once the others are re-fitted, by
+the next unit u to go, one channel or a block of neighbouring ones, is the one that raises J least once the others are
+re-fitted, by
 
-    ||W_i||^2 / [A_SS^-1]_ii,   W <- W - A_SS^-1[:, i] W_i / [A_SS^-1]_ii
+    tr(W_u^T ([A_SS^-1]_uu)^-1 W_u),   W <- W - [A_SS^-1]_:u ([A_SS^-1]_uu)^-1 W_u
 
-(the optimal brain surgeon's step, Hassibi and Stork, 1993, of a linear map with many outputs).
+(the optimal brain surgeon's step, Hassibi and Stork, 1993, of a linear map with many outputs; for structures of
+several channels ZipLM, arXiv 2302.04089). For one channel i the cost is ||W_i||^2 / [A_SS^-1]_ii.
 """
 
 from __future__ import annotations
@@ -20,23 +22,23 @@ import torch
 
 from .linalg import cholesky_of_copy, solve_psd
 
-#: Channels that go between two updates of the whole inverse.
+#: Units that go between two updates of the whole inverse.
 BLOCK = 32
-#: The inverse is made smaller when fewer than this share of its channels are left.
+#: The inverse is made smaller when fewer than this share of its units are left.
 _COMPACT = 0.8
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """In which order the channels of a module go, and what that costs."""
+    """In which order the n units of a module go, and what that costs."""
 
     order: torch.Tensor
-    """(m - 1,) int64, the first to go first."""
+    """(n - 1,) int64, the first to go first."""
     errors: torch.Tensor
-    """J after the first 0, 1, ..., m - 1 of them: (m,) float64."""
+    """J after the first 0, 1, ..., n - 1 of them: (n,) float64."""
 
     def kept(self, rank: int) -> torch.Tensor:
-        """The ``rank`` channels that stay longest, ascending."""
+        """The ``rank`` units that stay longest, ascending."""
         mask = torch.ones(len(self.order) + 1, dtype=torch.bool, device=self.order.device)
         mask[self.order[: len(mask) - rank]] = False
         return mask.nonzero().flatten()
@@ -49,37 +51,44 @@ def regularised(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     return result
 
 
-def greedy_elimination(matrix: torch.Tensor, output: torch.Tensor, block: int = BLOCK) -> Elimination:
-    """Drop the channels of A (m, m) one by one, each time the cheapest for W_D = ``output`` (m, d); both float64.
+def greedy_elimination(matrix: torch.Tensor, output: torch.Tensor, block: int = BLOCK, width: int = 1) -> Elimination:
+    """Drop the units of A (m, m) one by one, each time the cheapest for W_D = ``output`` (m, d); both float64.
 
-    A must be positive definite, as :func:`regularised` makes it. ``block`` channels are found at a time: among the
-    2 x ``block`` cheapest, each step is exact, and only then is the inverse updated as a whole, so that
-    nearly all work is in matrix products. With ``block`` m every step is the exact greedy one.
+    A unit is ``width`` neighbouring channels, the first unit the first of them. A must be positive definite, as
+    :func:`regularised` makes it. ``block`` units are found at a time: among the 2 x ``block`` cheapest, each step is
+    exact, and only then is the inverse updated as a whole, so that nearly all work is in matrix products. With as
+    many as there are units every step is the exact greedy one.
     """
-    m = len(matrix)
-    names = torch.arange(m, device=matrix.device)  # of the channels that the working copies still hold
+    left = len(matrix) // width
+    names = torch.arange(left, device=matrix.device)  # of the units that the working copies still hold
     inverse, weights = _inverse(matrix), output.clone()
-    alive = torch.ones(m, dtype=torch.bool, device=matrix.device)
+    alive = torch.ones(left, dtype=torch.bool, device=matrix.device)
     order, costs = [], [matrix.new_zeros(1)]
-    left = m
     while left > 1:
-        scores = weights.square().sum(1) / inverse.diagonal()
+        scores = _costs(inverse, weights, width)
         count = min(block, left - 1)
         near = scores.masked_fill(~alive, torch.inf).topk(min(2 * count, left), largest=False).indices
-        chosen, cost = _cheapest(inverse[near[:, None], near], weights[near], count)
-        gone = near[chosen]
-        order.append(names[gone])
+        channels = unit_channels(near, width)
+        chosen, cost = _cheapest(inverse[channels[:, None], channels], weights[channels], count, width)
+        order.append(names[near[chosen]])
         costs.append(cost)
-        step = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone])  # (count, m)
+        gone = unit_channels(near[chosen], width)
+        step = torch.linalg.solve(inverse[gone[:, None], gone], inverse[gone])  # (count * width, m)
         weights -= step.T @ weights[gone]
         inverse.addmm_(inverse[:, gone], step, alpha=-1)
-        alive[gone] = False
+        alive[near[chosen]] = False
         left -= count
         if left < _COMPACT * len(names):
-            names, weights = names[alive], weights[alive]
-            inverse = inverse[alive][:, alive]
+            staying = unit_channels(alive.nonzero().flatten(), width)
+            names, weights = names[alive], weights[staying]
+            inverse = inverse[staying][:, staying]
             alive = torch.ones(left, dtype=torch.bool, device=matrix.device)
-    return Elimination(torch.cat(order), torch.cat(costs).cumsum(0))
+    return Elimination(torch.cat(order) if order else names[:0], torch.cat(costs).cumsum(0))
+
+
+def unit_channels(units: torch.Tensor, width: int) -> torch.Tensor:
+    """The channels (n * ``width``,) of the ``units`` (n,)."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def refit(matrix: torch.Tensor, output: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -102,18 +111,32 @@ def _inverse(matrix: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def _cheapest(inverse: torch.Tensor, weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedily, ``count`` of the n channels of A_SS^-1[P, P] (n, n) and W[P] (n, d), and what each raises J by."""
+def _costs(inverse: torch.Tensor, weights: torch.Tensor, width: int) -> torch.Tensor:
+    """What each unit raises J by: (n,). Of units that are gone, anything."""
+    if width == 1:
+        return weights.square().sum(1) / inverse.diagonal()
+    units = len(weights) // width
+    blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (n, width, width)
+    parts = weights.view(units, width, -1)
+    solved, _ = torch.linalg.solve_ex(blocks, parts)  # which, unlike solve, lets singular blocks of what is gone pass
+    costs: torch.Tensor = (parts * solved).sum((1, 2))
+    return costs
+
+
+def _cheapest(
+    inverse: torch.Tensor, weights: torch.Tensor, count: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedily, ``count`` of the units of A_SS^-1[P, P] and W[P], and what each raises J by."""
     inverse, weights = inverse.clone(), weights.clone()
-    gone = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
+    gone = torch.zeros(len(inverse) // width, dtype=torch.bool, device=inverse.device)
     chosen, costs = [], []
     for _ in range(count):
-        scores = weights.square().sum(1) / inverse.diagonal()
-        cost, index = scores.masked_fill(gone, torch.inf).min(0)
+        cost, index = _costs(inverse, weights, width).masked_fill(gone, torch.inf).min(0)
         chosen.append(index)
         costs.append(cost)
         gone[index] = True
-        ratio = inverse[:, index] / inverse[index, index]
-        weights -= ratio[:, None] * weights[index]
-        inverse -= ratio[:, None] * inverse[index]
+        unit = slice(int(index) * width, (int(index) + 1) * width)
+        step = torch.linalg.solve(inverse[unit, unit], inverse[unit])  # (width, n * width)
+        weights -= step.T @ weights[unit]
+        inverse -= step.T @ inverse[unit]
     return torch.stack(chosen), torch.stack(costs)

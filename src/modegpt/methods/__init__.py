@@ -2,14 +2,26 @@
 
 from .base import Allocation, Calibrated, Ladder, Method, Solution
 from .factorised import ASVD, SVD, SVDLLM, JointRankK
+from .flap import FLAP
 from .greedy import Greedy
+from .magnitude import Magnitude
 from .modegpt import ModeGPT
+from .obc import OBC
+from .shortgpt import ShortGPT
+from .sleb import SLEB
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Greedy, ModeGPT, SVD, ASVD, SVDLLM, JointRankK)}
+_METHODS: tuple[type[Method], ...] = (
+    *(Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB),
+    *(SVD, ASVD, SVDLLM, JointRankK),
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
 __all__ = [
     "ASVD",
+    "FLAP",
     "METHODS",
+    "OBC",
+    "SLEB",
     "SVD",
     "SVDLLM",
     "Allocation",
@@ -17,7 +29,9 @@ __all__ = [
     "Greedy",
     "JointRankK",
     "Ladder",
+    "Magnitude",
     "Method",
     "ModeGPT",
+    "ShortGPT",
     "Solution",
 ]

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import costs
-from ..budget import MODULES, LayerGeometry, Module, layer_geometry
+from ..budget import MODULES, LayerGeometry, Module, average_sparsity, layer_geometry
 from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
-from ..weights import Factors, MLPWeights, QueryKeyWeights, ValueOutputWeights
+from ..weights import Factors, HeadWeights, MLPWeights, QueryKeyWeights, ValueOutputWeights
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
+    from ..engine import Engine
+    from ..results import Choice
 
-Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights)
+Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights, HeadWeights)
 
 #: How the layers share the loss, and on which activations a layer is calibrated.
-Allocation = Literal["uniform", "block-influence", "block-influence-split", "sensitivity"]
+Allocation = Literal["uniform", "block-influence", "block-influence-split", "owl", "sensitivity", "own"]
+#: Those that go by the layers alone, whatever the method.
+SHARED_ALLOCATIONS: tuple[Allocation, ...] = (
+    "uniform",
+    "block-influence",
+    "block-influence-split",
+    "owl",
+    "sensitivity",
+)
 Calibrated = Literal["sequential", "dense"]
 
 #: Ranks at which the error is computed, evenly spread, where a method does not know all of them.
@@ -91,6 +101,8 @@ class Method(ABC):
     allocation: ClassVar[Allocation] = "uniform"
     calibrated: ClassVar[Calibrated] = "dense"
     """What it is used with where nothing else is asked for."""
+    allocations: ClassVar[tuple[Allocation, ...]] = SHARED_ALLOCATIONS
+    """What it can be used with."""
     statistics: ClassVar[frozenset[Statistic]]
     """What the solvers read."""
 
@@ -111,14 +123,35 @@ class Method(ABC):
         """What solving a layer calibrated on so many ``tokens`` holds at once besides the statistics and the layer."""
         return costs.solve_bytes(sizes, tokens, kept)
 
-    @abstractmethod
+    def check(
+        self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig, ratio: float
+    ) -> None:
+        """Refuse, before any work, what cannot be done with ``model``, whose weights may be on the meta device."""
+        chosen = [geometry[index] for index in config.chosen_layers(len(geometry))]
+        average_sparsity(chosen, config.modules, ratio, config.align, config.base(geometry))
+
+    def removal_passes(self, layers: int, ratio: float) -> tuple[float, float] | None:
+        """What :meth:`choose` runs of the probe windows: layers, and heads; None for one pass of all windows."""
+        return None
+
+    def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
+        """What every layer keeps when ``ratio`` goes by the method's ``own`` allocation; in :meth:`Engine.active`."""
+        raise NotImplementedError
+
+    # A method has those of the following solvers that its modules ask for.
+
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """A rank is a number of intermediate channels."""
+        raise NotImplementedError
 
-    @abstractmethod
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """A rank is a number of rotary pairs per key-value head, or of channels where none rotate."""
+        raise NotImplementedError
 
-    @abstractmethod
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """A rank is the width of the values of every head."""
+        raise NotImplementedError
+
+    def heads(self, weights: HeadWeights, statistics: LayerStatistics) -> Ladder[HeadWeights]:
+        """A rank is a number of key-value heads, each with its query heads."""
+        raise NotImplementedError

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from typing_extensions import Self
 
-from ..budget import LayerGeometry, LayerRanks, Module, ModuleGeometry, layer_geometry, whole
+from ..budget import LayerGeometry, LayerRanks, Module, ModuleGeometry, layer_geometry
 from ..costs import Sizes, truncation_bytes, truncation_flops
 from ..decompositions import LowRank, activation_scales, break_even, low_rank, whitening
 from ..errors import InvalidRequest
@@ -26,10 +26,12 @@ from ..layout import MapShape, expert_count, map_paths, map_shapes
 from ..modeling import Family, LayerSizes, stack_name
 from ..statistics import LayerStatistics, Statistic
 from ..weights import Factors, MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import Ladder, Method, Solution, Weights
+from .base import Ladder, Method, Solution
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
+
+Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights)
 
 #: What enters the maps of a module: all but the last, and the last.
 _INPUTS: Mapping[Module, tuple[Statistic, Statistic]] = {
@@ -94,7 +96,6 @@ class FactorGeometry(ModuleGeometry):
 class FactorisedLayer(LayerGeometry):
     """A layer of stacks; its widths stay the dense ones."""
 
-    dense: LayerSizes = field(kw_only=True)
     family: Family = field(kw_only=True)
 
     def sizes(self, rank: LayerRanks) -> LayerSizes:
@@ -106,6 +107,7 @@ class FactorisedLayer(LayerGeometry):
                 if own is not None:
                     paths = map_paths(self.family, module)
                     ranks[stack_name([paths[place] for place in stack.maps])] = own
+        assert self.dense is not None
         return replace(self.dense, factor_ranks=ranks)
 
 
@@ -144,8 +146,7 @@ class Factorised(Method):
             module: FactorGeometry.of(self.stacks(module, shapes), self.align)
             for module, shapes in map_shapes(layer, config, family).items()
         }
-        widths = dense.sizes(whole(dense))
-        return FactorisedLayer(modules, dense.parameters, dense.extra, dense=widths, family=family)
+        return FactorisedLayer(modules, dense.parameters, dense.extra, dense.dense, family=family)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """Gate, up and down."""
@@ -153,7 +154,7 @@ class Factorised(Method):
 
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """Queries and keys, each of all heads."""
-        ordered, pairs = weights.in_pairs()
+        ordered, pairs = weights.compact()
         return self._ladder("qk", ordered, statistics, pairs=pairs)
 
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:

@@ -56,8 +56,8 @@ class Greedy(Method):
         return cls(config.ridge)
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
-        """The elimination of the MLP's channels, or the fit of those that stay."""
-        return max(super().solve_bytes(sizes, tokens, kept), costs.elimination_bytes(sizes))
+        """Of the fit at one rank or of the elimination, what is more."""
+        return max(costs.solve_bytes(sizes, tokens, kept), costs.elimination_bytes(sizes))
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""

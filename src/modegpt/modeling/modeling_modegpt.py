@@ -141,6 +141,10 @@ class LayerSizes:
     """Of the MLP, or of each expert."""
     qk_head_dim: int
     v_head_dim: int
+    kv_heads: int | None = None
+    """Key-value heads, each with its query heads, of a model whose layers differ in them; given for all or none."""
+    output_biases: bool = False
+    """Whether attention and MLP have a bias at their output even if the family has none."""
     factor_ranks: Mapping[str, int] | None = None
     """Of the maps that are two thin ones, by the names of :func:`factor_stacks`; None where no layer has any."""
 
@@ -151,20 +155,25 @@ class LayerSizes:
 
     def to_config(self) -> dict[str, Any]:
         """The entry of ``per_layer_config`` for this layer."""
-        factors = {} if self.factor_ranks is None else {"factor_ranks": dict(self.factor_ranks)}
+        optional = {
+            "kv_heads": self.kv_heads,
+            "output_biases": self.output_biases or None,
+            "factor_ranks": None if self.factor_ranks is None else dict(self.factor_ranks),
+        }
         return {
             "intermediate_size": self.intermediate_size,
             "head_dim": self.head_dim,
             "qk_head_dim": self.qk_head_dim,
             "v_head_dim": self.v_head_dim,
-            **factors,
+            **{name: value for name, value in optional.items() if value is not None},
         }
 
 
 def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
     """Read the widths of every layer of a compressed model's ``config``.
 
-    Raises ``ValueError`` naming the layer and field when a width is missing or not a positive integer.
+    Raises ``ValueError`` naming the layer and field when a width is missing or not a positive integer, and when there
+    are more key-value heads than in the dense model.
     """
     sizes = []
     for index, layer in enumerate(config.per_layer_config):
@@ -178,7 +187,13 @@ def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
         for name, value in (values | named).items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"per_layer_config[{index}].{name} is {value!r}; expected a positive integer")
-        sizes.append(LayerSizes(**values, factor_ranks=factors))
+        kv_heads, biases = getattr(layer, "kv_heads", None), getattr(layer, "output_biases", False)
+        groups = head_counts(config)[1]
+        if kv_heads is not None and (type(kv_heads) is not int or not 1 <= kv_heads <= groups):
+            raise ValueError(f"per_layer_config[{index}].kv_heads is {kv_heads!r}; expected 1 to {groups}")
+        if type(biases) is not bool:
+            raise ValueError(f"per_layer_config[{index}].output_biases is {biases!r}; expected true or false")
+        sizes.append(LayerSizes(**values, kv_heads=kv_heads, output_biases=biases, factor_ranks=factors))
     return sizes
 
 
@@ -201,15 +216,15 @@ class CompactNorm(nn.Module):
     and the maps before it do the centring.
     """
 
-    def __init__(self, heads: int, channels: int, like: Any, full: int, offset: float) -> None:
-        """For (..., ``heads``, ``channels``) in place of the stock norm ``like`` over ``full`` channels of a head."""
+    def __init__(self, heads: int, channels: int, like: Any, dense: tuple[int, int], offset: float) -> None:
+        """For (..., ``heads``, ``channels``) in place of the stock norm ``like`` of ``dense`` heads and channels."""
         super().__init__()
         parts = norm_parts(like)
         first = parts[0]
         self.offset = offset
         self.eps = float(first.variance_epsilon if hasattr(first, "variance_epsilon") else first.eps)
-        self.joint = is_joint(like, heads, full)
-        self.full = heads * full if self.joint else full
+        self.joint = is_joint(like, *dense)
+        self.full = dense[0] * dense[1] if self.joint else dense[1]
         shape, options = (heads, channels), {"device": first.weight.device, "dtype": first.weight.dtype}
         self.weight = nn.Parameter(torch.empty(shape, **options))
         self.energy = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
@@ -270,12 +285,15 @@ class CompactAttention(nn.Module):
         self.output_dropout: float = getattr(config, family.output_dropout) if family.output_dropout else 0.0
         self.qk_head_dim, self.v_head_dim, self.head_dim = sizes.qk_head_dim, sizes.v_head_dim, sizes.head_dim
 
-        heads, groups = head_counts(config)
-        self.num_key_value_groups = heads // groups
+        dense_counts = head_counts(config)
+        self.num_key_value_groups = dense_counts[0] // dense_counts[1]
+        groups = sizes.kv_heads or dense_counts[1]
+        heads = groups * self.num_key_value_groups
         maps = [getattr(dense, name) for name in family.input_maps]
         query, key, value, output = maps[0], maps[len(maps) // 2], maps[-1], getattr(dense, family.output)
-        self.rope_head_dim = features(output)[0] // heads
-        biased = output.bias is not None or value.bias is not None  # a value bias goes through to the output
+        self.rope_head_dim = features(output)[0] // dense_counts[0]
+        # A value bias goes through to the output.
+        biased = sizes.output_biases or output.bias is not None or value.bias is not None
         hidden = features(query)[0]
         #: The first factor that queries and keys share, if they do.
         self.shared_input: nn.Linear | None = None
@@ -285,8 +303,10 @@ class CompactAttention(nn.Module):
         self.o_proj = _linear(output, heads * self.v_head_dim, features(output)[1], bias=biased)
         norms = (getattr(dense, name, None) if name else None for name in family.norms)
         self.q_norm, self.k_norm = (
-            norm if norm is None else CompactNorm(count, self.qk_head_dim, norm, self.rope_head_dim, family.norm_offset)
-            for norm, count in zip(norms, (heads, groups), strict=True)
+            norm
+            if norm is None
+            else CompactNorm(count, self.qk_head_dim, norm, (dense_count, self.rope_head_dim), family.norm_offset)
+            for norm, count, dense_count in zip(norms, (heads, groups), dense_counts, strict=True)
         )
         self.angles = family.angles
         self.rotary_pairs: torch.Tensor | None
@@ -415,7 +435,9 @@ def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> N
             raise ValueError(f"per_layer_config[{index}].qk_head_dim must be even: rotary channels go in pairs")
         attention_class = _attention_class(cast(Hashable, type(stock)))
         layer.set_submodule(family.attention, attention_class(stock, config, family, sizes))
-        _shrink_mlp(layer, config, family, sizes.intermediate_size)
+        if sizes.output_biases and has_experts(layer, family):
+            raise ValueError(f"per_layer_config[{index}].output_biases: experts have none")
+        _shrink_mlp(layer, config, family, sizes)
         try:
             factorise(layer, factor_stacks(family, dense_mlp=not has_experts(layer, family)), sizes.factor_ranks or {})
         except ValueError as error:
@@ -454,8 +476,8 @@ def _intermediate_size(layer: Any, family: Family) -> int:
     return features(layer.get_submodule(family.mlp_output))[0]
 
 
-def _shrink_mlp(layer: Any, config: PreTrainedConfig, family: Family, width: int) -> None:
-    full = _intermediate_size(layer, family)
+def _shrink_mlp(layer: Any, config: PreTrainedConfig, family: Family, sizes: LayerSizes) -> None:
+    full, width = _intermediate_size(layer, family), sizes.intermediate_size
     if has_experts(layer, family):
         experts = layer.get_submodule(family.experts)
         count, _, hidden = experts.gate_up_proj.shape
@@ -469,7 +491,8 @@ def _shrink_mlp(layer: Any, config: PreTrainedConfig, family: Family, width: int
         inputs, outputs = features(linear)
         layer.set_submodule(path, _linear(linear, inputs, outputs // full * width, bias=linear.bias is not None))
     linear = layer.get_submodule(family.mlp_output)
-    layer.set_submodule(family.mlp_output, _linear(linear, width, features(linear)[1], bias=linear.bias is not None))
+    biased = sizes.output_biases or linear.bias is not None
+    layer.set_submodule(family.mlp_output, _linear(linear, width, features(linear)[1], bias=biased))
 
 
 class CompactModel:

@@ -1,0 +1,99 @@
+"""What has the smallest weights goes: the baseline that needs no calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import costs
+from ..budget import Module
+from ..decompositions import couples, selection_losses, top_indices
+from ..statistics import LayerStatistics
+from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
+from .base import Ladder, Method, Solution
+
+if TYPE_CHECKING:
+    from ..config import CompressionConfig
+
+
+class Magnitude(Method):
+    """s_i = sum of the squares of all weights and biases of the linear maps that go with unit i.
+
+    For an intermediate channel: its columns of W_U and W_G and its row of W_D. For a rotary pair of a key-value head:
+    its columns of W_k and of the W_q of all query heads that share the key. For a value channel: its column of W_v and
+    its rows of W_o in all those heads. The units of largest score stay as they are; every key-value head has its own.
+    Nothing is re-fitted, and no statistics are gathered. The error is the share of the squares that goes.
+
+    The structured magnitude baseline of the paper's tables is LLM Surgeon's, second-order pruning with the identity for
+    curvature, which comes to the same squares; how it groups them is not stated there, so the groups are our reading.
+    """
+
+    name = "magnitude"
+    summary = "what has the smallest weights goes, whatever the calibration text"
+    statistics = frozenset()
+
+    @classmethod
+    def from_config(cls, config: CompressionConfig) -> Magnitude:
+        """No option concerns it."""
+        return cls()
+
+    def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
+        """A product and a sum for every weight of an MLP or of attention."""
+        return 2.0 * costs.layer_parameters(replace(sizes, routed=1)) / len(self.modules)
+
+    def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
+        """The maps."""
+        return costs.selection_bytes(sizes)
+
+    def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
+        """Of all maps, one selection."""
+        scores = _squares((*weights.inputs, weights.output.T), weights.input_biases)
+
+        def at(rank: int) -> Solution[MLPWeights]:
+            kept = top_indices(scores, rank)
+            return Solution(weights.select(kept, weights.output[kept]), float(losses[rank]), float(losses[0]), kept)
+
+        losses = selection_losses(scores)
+        return Ladder(len(scores), at, losses)
+
+    def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
+        """Channels that do not rotate go singly, in couples of similar score where others rotate."""
+        scores = _squares((weights.key,), (weights.key_bias,)) + _squares((weights.query,), (weights.query_bias,)).sum(
+            1
+        )
+        pair = None
+        units = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores).unsqueeze(-1)
+        if weights.rotary:
+            first, second, pair = couples(scores, weights.rotary, weights.neighbours)
+            units = torch.stack((first, second), dim=-1)
+        of_units = scores.gather(1, units.flatten(1)).view(units.shape).sum(-1)  # (G, n)
+        losses = selection_losses(of_units)
+
+        def at(rank: int) -> Solution[QueryKeyWeights]:
+            kept = top_indices(of_units, rank)
+            channels = units.gather(1, kept.unsqueeze(-1).expand(-1, -1, units.shape[-1])).mT.flatten(1)
+            thin = weights.select(channels, None, None)
+            pairs = None if pair is None else pair.gather(1, kept)
+            return Solution(thin, float(losses[rank]), float(losses[0]), channels, pairs)
+
+        return Ladder(units.shape[1], at, losses)
+
+    def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
+        """The values' biases go to the output whole, as with every method."""
+        scores = _squares((weights.value,), ()) + weights.output.square().sum((1, 3))
+        losses = selection_losses(scores)
+
+        def at(rank: int) -> Solution[ValueOutputWeights]:
+            kept = top_indices(scores, rank)
+            return Solution(weights.select(kept), float(losses[rank]), float(losses[0]), kept)
+
+        return Ladder(scores.shape[-1], at, losses)
+
+
+def _squares(maps: Iterable[torch.Tensor], biases: Iterable[torch.Tensor | None]) -> torch.Tensor:
+    """The sums of squares (..., n) over the inputs of maps (..., d, n) and of their biases (..., n), in float64."""
+    parts = [weight.double().square().sum(-2) for weight in maps]
+    return torch.stack([*parts, *(bias.double().square() for bias in biases if bias is not None)]).sum(0)

@@ -1,0 +1,341 @@
+"""What the benchmarks compute by themselves: rows that are resumed, tables, texts, multiple-choice scores."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from helpers import compress_arguments, random_text, run_cli
+from modegpt.data import TokenWindows, read_text, tokenize
+from modegpt.mixture import Cut, Mixture, read_mixture
+from modegpt.report import TextFacts
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def load() -> Any:
+    """Imports a benchmark, which lies beside the package, not in it."""
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def quality(load: Any) -> ModuleType:
+    return load("quality")
+
+
+@pytest.fixture
+def texts(load: Any) -> ModuleType:
+    return load("benchmark_texts")
+
+
+@pytest.fixture
+def zero_shot(load: Any) -> ModuleType:
+    return load("zero_shot")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+
+
+# Quality: rows
+
+
+OLD = {
+    "method": "greedy",
+    "allocation": "uniform",
+    "temperature": "auto",
+    "statistics": "dense",
+    "ratio": 0.1,
+    "parameters": 1_000_000,
+    "perplexity": 21.0,
+    "dense_perplexity": 19.0,
+}
+NEW = OLD | {
+    "ratio": 0.3,
+    "perplexity": 30.0,
+    "dense_forward_passes": 1.5,
+    "texts": {"ptb": {"compressed": 80.0, "dense": 50.0}},
+}
+
+
+def test_rows_without_some_of_the_texts_are_measured_again(quality: ModuleType) -> None:
+    def asked(*texts: str) -> list[Any]:
+        rows = quality.missing_settings([OLD, NEW], [0.1, 0.3], dict.fromkeys(texts, ""))
+        return [row["ratio"] for row in rows if (row["method"], row["allocation"]) == ("greedy", "uniform")]
+
+    assert asked() == []
+    assert asked("ptb") == [0.1]
+    assert asked("ptb", "alpaca") == [0.1, 0.3]
+    everything = list(quality.missing_settings([], [0.1, 0.3], {}))
+    assert len(everything) == 2 * len(quality.SETTINGS)
+
+
+def test_a_row_measured_again_takes_the_place_of_the_old_one(quality: ModuleType) -> None:
+    rows = [dict(OLD), dict(NEW)]
+    setting = {name: OLD[name] for name in ("method", "allocation", "temperature", "statistics", "ratio")}
+    quality.keep(rows, setting, OLD | {"perplexity": 20.5})
+    assert [row["perplexity"] for row in rows] == [20.5, 30.0]
+    quality.keep(rows, setting | {"ratio": 0.5}, OLD | {"ratio": 0.5})
+    assert [row["ratio"] for row in rows] == [0.1, 0.3, 0.5]
+
+
+@pytest.fixture
+def head(quality: ModuleType, tmp_path: Path) -> Any:
+    (tmp_path / "model").write_bytes(b"weights")
+    arguments = argparse.Namespace(train="a/train.txt", test="b/test.txt", texts=["ptb=c/ptb.txt"])
+    arguments.model = str(tmp_path / "model")
+    windows = TokenWindows(torch.arange(8).view(2, 4))
+    return quality.header(arguments, TextFacts.of("train.txt", windows), {"test": windows, "ptb": windows})
+
+
+def test_rows_of_a_file_from_before_there_were_further_texts_are_taken_up(
+    quality: ModuleType, head: Any, tmp_path: Path
+) -> None:
+    old = {name: value for name, value in head.items() if name != "texts"} | {"command": "shorter", "rows": [OLD]}
+    for name in ("calibration", "test"):
+        old[name] = {key: value for key, value in old[name].items() if key != "mixture"}
+    path = tmp_path / "quality.json"
+    path.write_text(json.dumps(old))
+    assert quality.previous_rows(path, head) == [OLD]
+    assert quality.previous_rows(tmp_path / "other.json", head) == []
+
+
+@pytest.mark.parametrize("changed", ["model_sha256", "calibration", "test", "ptb"])
+def test_rows_of_another_run_are_not(quality: ModuleType, head: Any, tmp_path: Path, changed: str) -> None:
+    old = json.loads(json.dumps(head | {"rows": [OLD]}))
+    path = tmp_path / "quality.json"
+    path.write_text(json.dumps(old))
+    assert quality.previous_rows(path, head) == [OLD]
+    if changed == "model_sha256":
+        old[changed] = "other"
+    else:
+        (old["texts"] if changed == "ptb" else old)[changed]["sha256"] = "other"
+    path.write_text(json.dumps(old))
+    assert quality.previous_rows(path, head) == []
+
+
+def test_files_are_named_and_not_located(head: Any) -> None:
+    assert head["command"].endswith("--train train.txt --test test.txt --texts ptb=ptb.txt")
+    assert head["texts"]["ptb"]["source"] == "ptb.txt"
+
+
+def test_the_tables_have_old_and_new_rows(quality: ModuleType, head: Any, tmp_path: Path) -> None:
+    results = head | {"dense_perplexity": 19.0, "rows": [OLD, NEW]}
+    quality.write(results, tmp_path / "quality.json", [0.1, 0.3])
+    parts = (tmp_path / "quality.md").read_text().split("\n\n")
+    tables = [part.strip().splitlines()[-1] for part in parts if part.startswith("|")]
+    assert tables == [
+        "| greedy | dense | uniform |  | 21.00 | 30.00 |",
+        "| greedy | dense | uniform |  |  | 80.00 |",
+        "| greedy | dense | uniform |  | 1.00 | 1.00 |",
+        "| greedy | dense | uniform |  |  | 1.50 |",
+    ]
+    assert "Perplexity on ptb; dense 50.00." in parts
+    assert json.loads((tmp_path / "quality.json").read_text())["rows"] == [OLD, NEW]
+
+
+def test_the_published_rows_make_the_published_table(quality: ModuleType, tmp_path: Path) -> None:
+    published = json.loads((BENCHMARKS / "results/quality.json").read_text())
+    quality.write(published, tmp_path / "quality.json", quality.RATIOS)
+    first = (tmp_path / "quality.md").read_text().split("\n\n")[1]
+    lines = [line.replace(" ", "") for line in first.strip().splitlines() if "---" not in line]
+    table = (BENCHMARKS / "results/quality.md").read_text().split("\n\n")[1]
+    assert lines == [line.replace(" ", "") for line in table.strip().splitlines() if "---" not in line]
+
+
+# Quality: texts
+
+
+def test_texts_are_named_files(texts: ModuleType) -> None:
+    assert texts.named_files(["a=b.txt", "c=d=e.txt"]) == {"a": "b.txt", "c": "d=e.txt"}
+    for wrong in (["a"], ["=b"], ["a="], ["a=b", "a=c"]):
+        with pytest.raises(SystemExit, match="NAME=FILE"):
+            texts.named_files(wrong)
+
+
+def test_the_lines_of_penn_treebank_are_joined_by_spaces(
+    texts: ModuleType, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "ptb.txt"
+    path.write_text(" a model of \n keeps the head \n" * 20)
+    joined = tokenize(tokenizer, " ".join(["a model of", "keeps the head"] * 20))
+    for name, expected in (("ptb", joined), ("other", tokenize(tokenizer, path.read_text()))):
+        windows = texts.evaluation_texts({name: str(path)}, tokenizer, 2, 16)[name]
+        assert windows.ids.flatten().tolist() == expected[:32].tolist()
+
+
+def test_alpaca_is_measured_on_what_a_mixture_does_not_calibrate_on(
+    texts: ModuleType, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "alpaca.jsonl.gz"
+    rows = [{"instruction": random_text(1, seed=n), "output": random_text(1, seed=-n)} for n in range(1, 60)]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    windows = texts.evaluation_texts({"alpaca": str(path)}, tokenizer, 5, 16)["alpaca"]
+    ids = tokenize(tokenizer, read_text(str(path)))
+    cut = len(ids) - len(ids) // 10
+    assert windows.ids.flatten().tolist() == ids[cut : cut + 80].tolist()
+    count = cut // 16 - 1  # all but one of those that there are
+    train, _, facts = texts.calibration_windows(f"{path}:{count},self:1", model, tokenizer, count + 1, 16)
+    assert facts.mixture == {"alpaca.jsonl.gz": count, "self": 1}
+    assert facts.source == f"alpaca.jsonl.gz:{count / (count + 1):.4g},self:{1 / (count + 1):.4g}"
+    calibrated = {tuple(window) for window in ids[: cut // 16 * 16].view(-1, 16).tolist()}
+    assert sum(tuple(window) in calibrated for window in train.ids.tolist()) == count
+
+
+def test_one_text_calibrates_with_its_first_windows(
+    texts: ModuleType, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, text_file: Path
+) -> None:
+    train, probe, facts = texts.calibration_windows(str(text_file), model, tokenizer, 4, 32)
+    ids = tokenize(tokenizer, text_file.read_text())
+    assert train.ids.flatten().tolist() == ids[: 4 * 32].tolist()
+    assert probe.ids[0].tolist() == ids[4 * 32 : 5 * 32].tolist()
+    assert (facts.source, facts.mixture) == (text_file.name, None)
+
+
+def test_a_mixture_calibrates_as_on_the_command_line(
+    texts: ModuleType,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    text_file: Path,
+    other_text_file: Path,
+) -> None:
+    train = f"{text_file}:3,{other_text_file}"
+    windows, probe, facts = texts.calibration_windows(train, model, tokenizer, 8, 32)
+    expected = read_mixture(Mixture.parse(train), tokenizer, Cut(8, 32, 0, held_out=1)).calibration
+    assert torch.equal(windows.ids, expected.ids)
+    assert probe is not None
+    assert facts.mixture == {text_file.name: 6, other_text_file.name: 2}
+
+
+# Zero-shot
+
+
+def test_log_likelihoods_are_those_of_each_pair_alone(
+    zero_shot: ModuleType, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zero_shot, "BATCH_TOKENS", 40)
+    prompts = [random_text(1, seed=seed)[:length] for seed, length in enumerate((10, 20, 21, 40, 60))]
+    pairs = [(prompt, ending) for prompt in prompts for ending in (" a", " the", " model keeps", " channel of values")]
+    found = zero_shot.log_likelihoods(model, tokenizer, pairs)
+    for (prompt, ending), value in zip(pairs, found, strict=True):
+        ids = tokenizer(prompt + ending, return_tensors="pt").input_ids
+        start = len(tokenizer(prompt).input_ids)
+        with torch.no_grad():
+            scores = model(input_ids=ids).logits[0].log_softmax(-1)
+        expected = sum(float(scores[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+        assert value == pytest.approx(expected, abs=1e-3)
+
+
+def test_each_input_is_read_once_and_batches_keep_to_their_size(
+    zero_shot: ModuleType, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Endings of one token share what is read before them."""
+    monkeypatch.setattr(zero_shot, "BATCH_TOKENS", 64)
+    shapes = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **inputs: (shapes.append(inputs["input_ids"].shape), forward(**inputs))[1]
+    )
+    prompts = [random_text(1, seed=seed) for seed in range(6)]
+    assert len(tokenizer(" a").input_ids) == len(tokenizer(" of").input_ids)
+    zero_shot.log_likelihoods(model, tokenizer, [(prompt, ending) for prompt in prompts for ending in (" a", " of")])
+    assert sum(shape[0] for shape in shapes) == len(prompts)
+    assert all(shape[0] == 1 or shape.numel() <= 64 for shape in shapes)
+
+
+def test_accuracy_by_log_likelihood_and_by_character(zero_shot: ModuleType) -> None:
+    items = [zero_shot.Item.of("?", ["ab", "abcdefgh"], 1), zero_shot.Item.of("?", ["a", "b", "c"], 2)]
+    # First: -3 beats -4, but -4 / 8 beats -3 / 2. Second: the last.
+    found = zero_shot.accuracy(items, [-3.0, -4.0, -3.0, -2.0, -1.0])
+    assert (found["acc"], found["acc_norm"], found["items"]) == (0.5, 1.0, 2)
+    assert found["acc_stderr"] == pytest.approx(0.35355)
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "arc_easy": {
+        "question": {"stem": "What?", "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}]},
+        "answerKey": "2",
+    },
+    "piqa": {"goal": "Do it", "sol1": "so", "sol2": "or so", "label": 1},
+    "winogrande": {"sentence": "Ann and Bo: _ won.", "option1": "Ann", "option2": "Bo", "answer": "2"},
+    "hellaswag": {"ctx": "[header] How to [title] Go [step] A dog", "endings": ["[substeps] runs", "sits"], "label": 1},
+    "boolq": {"question": "is it", "passage": "It -- is.", "label": True},
+    "openbookqa": {"question_stem": "The sun is", "choices": ["hot", "cold", "wet", "old"], "answerKey": "B"},
+    "copa": {
+        "premise": "It rained.",
+        "choice1": "We dried.",
+        "choice2": "We got wet.",
+        "question": "effect",
+        "label": 1,
+    },
+}
+PAIRS: dict[str, list[tuple[str, str]]] = {
+    "arc_easy": [("Question: What?\nAnswer:", " x"), ("Question: What?\nAnswer:", " y")],
+    "piqa": [("Question: Do it\nAnswer:", " so"), ("Question: Do it\nAnswer:", " or so")],
+    "winogrande": [("Ann and Bo: Ann", " won."), ("Ann and Bo: Bo", " won.")],
+    "hellaswag": [(" How to. Go A dog", "  runs"), (" How to. Go A dog", " sits")],
+    "boolq": [("It -- is.\nQuestion: is it?\nAnswer:", " no"), ("It -- is.\nQuestion: is it?\nAnswer:", " yes")],
+    "openbookqa": [("The sun is", f" {word}") for word in ("hot", "cold", "wet", "old")],
+    "copa": [("It rained therefore", " we dried."), ("It rained therefore", " we got wet.")],
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_prompts_and_endings(zero_shot: ModuleType, task: str) -> None:
+    item = zero_shot.TASKS[task][0](ROWS[task])
+    assert list(item.choices) == PAIRS[task]
+    assert item.right == 1
+
+
+def test_a_context_in_two_parts(zero_shot: ModuleType) -> None:
+    row = {"ctx_a": "A man sits.", "ctx_b": "he", "ctx": "", "activity_label": "Sitting", "endings": ["a", "b"]}
+    assert zero_shot.hellaswag(row | {"label": 0}).choices[0] == ("Sitting: A man sits. He", " a")
+
+
+def test_the_first_items_of_the_first_file_of_a_task(zero_shot: ModuleType, tmp_path: Path) -> None:
+    rows = [ROWS["piqa"] | {"goal": str(number)} for number in range(5)]
+    (tmp_path / "piqa_val.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    (tmp_path / "piqa_zzz.jsonl").write_text("")
+    prompts = [item.choices[0][0] for item in zero_shot.read_items(tmp_path, "piqa", 3)]
+    assert prompts == [f"Question: {number}\nAnswer:" for number in range(3)]
+    assert len(zero_shot.read_items(tmp_path, "piqa", None)) == 5
+    assert zero_shot.read_items(tmp_path, "copa", None) == []
+
+
+def test_dense_and_compressed_models_stand_side_by_side(
+    zero_shot: ModuleType, tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, small = tmp_path / "data", tmp_path / "small"
+    data.mkdir()
+    for task in ("arc_easy", "copa"):
+        (data / f"{task}.jsonl").write_text("\n".join([json.dumps(ROWS[task])] * 3))
+    assert run_cli(*compress_arguments(tiny_checkpoint, small, text_file, "--evaluate", "none", "--quiet")).code == 0
+    command = ["zero_shot.py", str(data), "--dense", str(tiny_checkpoint), "--compressed", str(small)]
+    monkeypatch.setattr(sys, "argv", [*command, "--limit", "2", "--output", str(tmp_path / "zero_shot.json")])
+    zero_shot.main()
+    results = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert [row["model"] for row in results["rows"]] == [tiny_checkpoint.name, "small"]
+    assert [row["tasks"]["copa"]["items"] for row in results["rows"]] == [2, 2]
+    table = (tmp_path / "zero_shot.md").read_text()
+    values = [f"{100 * row['tasks']['arc_easy']['acc_norm']:.1f}" for row in results["rows"]]
+    assert f"| arc_easy | acc_norm | 2 | {' | '.join(values)} |" in table
+    assert str(tmp_path) not in table + json.dumps(results)
