@@ -63,6 +63,7 @@ def compress(
     if config.calibrates:
         texts, source = _texts(model, tokenizer, calibration, config)
         windows = texts.calibration
+        assert windows is not None
         highest = int(windows.ids.max())
         if highest >= model.config.vocab_size or int(windows.ids.min()) < 0:
             raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")

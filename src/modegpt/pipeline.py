@@ -174,7 +174,7 @@ def _opened(request: Request, progress: Progress | None, crew: Workers) -> Itera
         texts = _sampled(request, texts, journal, crew, progress)
         engine = Engine(
             dense,
-            texts.calibration if texts.parts else None,
+            texts.calibration,
             config.batch_size,
             probe=texts.probe_windows,
             progress=progress,
@@ -360,7 +360,7 @@ def _perplexities(
 
 
 def _calibration_facts(config: RunConfig, texts: Texts) -> TextFacts:
-    return TextFacts.of(config.calibration, texts.calibration if texts.parts else None, texts.parts)
+    return TextFacts.of(config.calibration, texts.calibration, texts.parts)
 
 
 def _evaluation_facts(config: RunConfig, texts: Texts) -> TextFacts | None:
