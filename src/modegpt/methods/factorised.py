@@ -139,7 +139,7 @@ class Factorised(Method):
         """Modules of factors; raises :class:`InvalidRequest` for layers with experts."""
         if expert_count(layer, family):
             raise InvalidRequest(
-                f"--method {self.name} does not factorise experts, which MODEL has; use one of greedy, modegpt"
+                f"--method {self.name} does not factorise experts, which MODEL has; use greedy or modegpt"
             )
         dense = layer_geometry(layer, config, family)
         modules: dict[Module, ModuleGeometry] = {
