@@ -425,6 +425,28 @@ def test_plan_without_text_has_no_hidden_states(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "joint-rank-k"])
+def test_a_profile_serves_later_compressions(
+    method: str, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    own = ("--method", method, *(("--joint-only",) if method == "joint-rank-k" else ()))
+    text = ("--calibration", text_file, "--samples", 4, "--sequence-length", 32)
+    made = run_cli("profile", tiny_checkpoint, "-o", tmp_path / "profile", *own, *text)
+    assert made.code == 0, made.err
+    with patch("modegpt.pipeline.read_text", side_effect=AssertionError("text was read")):
+        kept = run_cli(
+            *("compress", tiny_checkpoint, "--profile-from", tmp_path / "profile", "--ratio", 0.2),
+            *("-o", tmp_path / "small", *own),
+        )
+    assert kept.code == 0, kept.err
+    options = (*own, *text, "--allocation", "sensitivity", "--evaluate", "none")
+    at_once = run_cli("compress", tiny_checkpoint, "--ratio", 0.2, "-o", tmp_path / "at-once", *options)
+    assert at_once.code == 0, at_once.err
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "at-once"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("method", ["svd-llm", "joint-rank-k"])
 def test_from_disk_to_disk_is_the_same_as_in_memory(
     method: str, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:

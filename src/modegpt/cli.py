@@ -138,6 +138,7 @@ def profile(
     modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
     ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
+    joint_only: Annotated[bool, typer.Option("--joint-only", help=_help("joint_only"), rich_help_panel=_HOW)] = False,
     calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = CALIBRATION,
     samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
     sequence_length: Annotated[int, typer.Option(help=_help("sequence_length"), rich_help_panel=_TEXT)] = 2048,
