@@ -591,12 +591,12 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
     del defaults["quiet"]
     assert defaults.pop("devices") == str(fields["devices"].default)
     decided_by_the_method = {name for name, field in fields.items() if field.default_factory}
-    assert decided_by_the_method == {"modules", "allocation", "statistics"}
+    assert decided_by_the_method == {"modules", "allocation", "statistics", "calibration", "evaluate"}
     assert {defaults.pop(name) for name in decided_by_the_method} == {None}
     assert defaults == {
         name: inspect.Parameter.empty if field.is_required() else field.default
         for name, field in fields.items()
-        if name not in ("modules", "allocation", "statistics", "devices")
+        if name not in {*decided_by_the_method, "devices"}
     }
 
 

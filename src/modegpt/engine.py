@@ -60,14 +60,15 @@ class Compression:
 
 def compress_model(
     model: PreTrainedModel,
-    windows: TokenWindows,
+    windows: TokenWindows | None,
     config: CompressionConfig,
     progress: Progress | None = None,
     probe: TokenWindows | None = None,
 ) -> Compression:
     """Compress a stock causal language model with calibration ``windows``; the model itself is not changed.
 
-    ``probe`` are the windows that sensitivities are measured on, as :class:`Engine` takes them.
+    They can be None where ``config`` calibrates nothing. ``probe`` are the windows that sensitivities are measured on,
+    as :class:`Engine` takes them.
     """
     engine = Engine(resident(model), windows, config.batch_size, probe=probe, progress=progress)
     with engine.active():
@@ -81,7 +82,8 @@ class Engine:
     disk and out of memory, and those already there are not done again; hidden states go where it says. Sensitivities
     are measured on the ``probe`` windows, best others than those that calibrate: the first of these where not given.
     The statistics that were gathered on the way are ``kept`` (in the journal's directory, otherwise in memory), and
-    where a finished profile is there already, no ``windows`` are needed. An engine makes one profile, of one method.
+    where a finished profile is there already, no ``windows`` are needed; nor where nothing is learnt from text. An
+    engine makes one profile, of one method.
     """
 
     def __init__(
@@ -195,7 +197,7 @@ class Engine:
         with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
                 # The outputs, by a later layer.
-                needed = bool(open_layers) and not kept and start <= index < open_layers[-1]
+                needed = bool(method.statistics and open_layers) and not kept and start <= index < open_layers[-1]
                 gone = index not in places
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if gone and index not in done:
@@ -264,6 +266,8 @@ class Engine:
         self, index: int, layer: nn.Module, hidden: Activations, wanted: Collection[Statistic], *, keep: bool
     ) -> LayerStatistics:
         """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
+        if not wanted and not keep:
+            return LayerStatistics({})
         self.progress.detail("calibrating")
         collector = StatisticsCollector(layer, self.family.description, self._heads(layer), wanted)
         with collector.attached():
