@@ -608,8 +608,9 @@ def test_what_is_not_given_is_what_suits_the_method(method: type[Method]) -> Non
         method.allocation,
         method.calibrated,
     )
-    given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation="uniform")
-    assert given.allocation == "uniform"
+    for allocation in method.allocations:
+        given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation=allocation)
+        assert given.allocation == allocation
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []], ids=["--help", "nothing"])
