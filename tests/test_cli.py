@@ -591,12 +591,12 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
     del defaults["quiet"]
     assert defaults.pop("devices") == str(fields["devices"].default)
     decided_by_the_method = {name for name, field in fields.items() if field.default_factory}
-    assert decided_by_the_method == {"modules", "allocation", "statistics"}
+    assert decided_by_the_method == {"modules", "allocation", "statistics", "calibration", "evaluate"}
     assert {defaults.pop(name) for name in decided_by_the_method} == {None}
     assert defaults == {
         name: inspect.Parameter.empty if field.is_required() else field.default
         for name, field in fields.items()
-        if name not in ("modules", "allocation", "statistics", "devices")
+        if name not in {*decided_by_the_method, "devices"}
     }
 
 
@@ -608,8 +608,9 @@ def test_what_is_not_given_is_what_suits_the_method(method: type[Method]) -> Non
         method.allocation,
         method.calibrated,
     )
-    given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation="uniform")
-    assert given.allocation == "uniform"
+    for allocation in method.allocations:
+        given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation=allocation)
+        assert given.allocation == allocation
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []], ids=["--help", "nothing"])

@@ -557,8 +557,13 @@ def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any])
     sums |= attention_sums(model, layer, inputs, rotated_states["query"], rotated_states["key"])
     mlps = mlps_of(model, layer)
     if not has_experts(layer):
-        z = mlps[0](inputs["mlp"])
-        return sums | {"mlp": grams(z), "mlp_moments": moments(z), "mlp_input_moments": moments(inputs["mlp"])}
+        x, z = inputs["mlp"], mlps[0](inputs["mlp"])
+        return sums | {
+            "mlp_input": grams(x),
+            "mlp": grams(z),
+            "mlp_moments": moments(z),
+            "mlp_input_moments": moments(x),
+        }
     chosen, weights = routed(layer, inputs["mlp"], model)
     inner = [torch.zeros(1, mlps[0].count, dtype=x.dtype) for _ in mlps]
     entering = [torch.zeros(1, x.shape[-1], dtype=x.dtype) for _ in mlps]

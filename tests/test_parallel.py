@@ -315,6 +315,25 @@ def test_experts_and_norms_over_all_heads_are_the_same_for_two_processes(
     assert (name == "olmo2") == all(found is None for found in tokens[0])
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("obc", ()), ("flap", ()), ("sleb", ()), ("magnitude", ("--allocation", "owl"))]
+)
+def test_structured_baselines_are_the_same_for_two_processes(
+    method: str, options: tuple[str, ...], command: Callable[..., list[object]], tmp_path: Path
+) -> None:
+    for name, devices in (("alone", 1), ("two", 2)):
+        output = tmp_path / name
+        outcome = run_process(*command(output, "--method", method, *options, "--devices", devices))
+        assert outcome.code == 0, outcome.err
+    alone, two = (CompressionReport.read(tmp_path / name) for name in ("alone", "two"))
+    for one, other in zip(alone.layers, two.layers, strict=True):
+        assert one.modules.keys() == other.modules.keys()
+        for module, result in one.modules.items():
+            assert (result.rank, result.kept) == (other.modules[module].rank, other.modules[module].kept)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "two"))
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
+
+
 def test_one_set_of_files_is_written_and_nothing_is_left_over(two: Group, three: Group, alone: Path) -> None:
     assert {path.name for path in alone.iterdir()} == STATISTICS.keys()
     assert {path.name for path in three.outputs.iterdir()} == STATISTICS.keys()

@@ -29,7 +29,7 @@ from modegpt.families import family_of
 from modegpt.layered import LayeredModel
 from modegpt.layout import HeadShape
 from modegpt.logits import attended, logit_features
-from modegpt.methods import Greedy, ModeGPT
+from modegpt.methods import SVD, SVDLLM, Greedy, ModeGPT
 from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.sources import ModelSource, empty_model
 from modegpt.statistics import GramSum
@@ -474,6 +474,16 @@ def test_gram_costs_are_the_counted_operations(width: int) -> None:
         for shape in ((tokens, 32), (tokens, width), (4, tokens, 8), (2, tokens, 8)):
             GramSum().add(torch.ones(shape))
     assert counter.get_total_flops() == tokens * gram_flops(sizes, ModeGPT.statistics, 2048)
+
+
+def test_gram_costs_of_factorised_methods_are_the_counted_operations() -> None:
+    sizes, tokens = Sizes(layers=1, hidden=500, intermediate=900, heads=8, groups=2, head=70, gates=2), 3
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for width in (500, 500, 900, 560):  # what enters attention, MLP, its output map, and the attention's
+            GramSum().add(torch.ones(tokens, width))
+    assert counter.get_total_flops() == tokens * gram_flops(sizes, SVDLLM.statistics, 2048)
+    assert gram_flops(sizes, SVD.statistics, 2048) == 0
 
 
 def test_costs_of_the_greedy_methods_statistics_are_the_counted_operations() -> None:

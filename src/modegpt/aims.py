@@ -19,7 +19,7 @@ _INDEX_BYTES = 8
 
 def _pairs(layer: LayerGeometry) -> int:
     """At most so many rotary pairs of a head are stored, whatever is removed."""
-    if "qk" in layer.modules or layer.dense is None:
+    if layer.dense is None:
         return layer.modules["qk"].full if "qk" in layer.modules else 0
     return layer.dense.qk_head_dim // 2
 
@@ -44,7 +44,8 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
         pairs = sum(groups * _pairs(layer) for layer in layers)
         option, wanted, dense, unit = "--target-size", config.target_size, everything * item, "bytes"
         allowed = (wanted - _INDEX_BYTES * pairs) // item
-    finest = min(module.unit_parameters for module in layers[0].modules.values())  # ranks are whole numbers
+    units = (module.largest_unit for module in layers[0].modules.values() if module.full > 1)
+    finest = min(units, default=0)  # ranks are whole numbers
     ratio = (everything - allowed + finest / 2) / blocks
     if not 0 < ratio < 1:
         problem = "the model has that already" if ratio <= 0 else "embeddings, head and norms alone take more"

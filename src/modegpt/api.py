@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .aims import with_ratio
-from .config import CompressionConfig
+from .config import NONE, CompressionConfig
 from .data import TokenWindows, check_length, other_windows, random_windows, sample_from_model, tokenize
 from .engine import compress_model
 from .errors import InvalidRequest
-from .families import check_model
+from .families import check_model, model_geometry
+from .methods import METHODS
 from .mixture import DEFAULT, Cut, Mixture, Texts, read_mixture
 from .profile import probe_shape, probe_windows
 from .progress import Progress
@@ -40,9 +41,10 @@ def compress(
 
     ``calibration`` is a data set's name (such as ``wikitext2``), the path of a text file, ``self`` for text sampled
     from the model, several of these with shares as on the command line (``wikitext2:0.75,self:0.25``), a list of
-    texts, token ids (N, T) int64, or :class:`TokenWindows` where windows are padded. ``options`` are the fields of
-    :class:`CompressionConfig`: method, allocation, temperature, modules, statistics, align, ridge, samples,
-    sequence_length, seed, batch_size. Only text needs a ``tokenizer``.
+    texts, token ids (N, T) int64, or :class:`TokenWindows` where windows are padded; it is not read where method and
+    allocation use no text. ``options`` are the fields of :class:`CompressionConfig`: method, allocation, temperature,
+    modules, layers, ratio_of, statistics, align, ridge, joint_only, samples, sequence_length, seed, batch_size. Only
+    text needs a ``tokenizer``.
 
     Returns a new model of the compressed class; it generates, trains and saves like any other, and carries its
     :class:`CompressionReport` as ``compression_report``. ``model`` is left as it is and shares nothing with it.
@@ -52,16 +54,21 @@ def compress(
     """
     config = CompressionConfig.validated(ratio=ratio, **options)
     check_model(model)
+    config.chosen_layers(model.config.num_hidden_layers)
+    model_geometry(model, METHODS[config.method].from_config(config).geometry)  # refuses what the method cannot do
     config = with_ratio(config, model, model.dtype.itemsize)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.config)
-    texts, source = _texts(model, tokenizer, calibration, config)
-    windows = texts.calibration
-    highest = int(windows.ids.max())
-    if highest >= model.config.vocab_size or int(windows.ids.min()) < 0:
-        raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")
-    check_length(windows.ids.shape[1], model.config)
-    config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
+    texts, source, windows = Texts(config.seed), NONE, None
+    if config.calibrates:
+        texts, source = _texts(model, tokenizer, calibration, config)
+        windows = texts.calibration
+        assert windows is not None
+        highest = int(windows.ids.max())
+        if highest >= model.config.vocab_size or int(windows.ids.min()) < 0:
+            raise InvalidRequest(f"calibration has token id {highest}; the model embeds {model.config.vocab_size}")
+        check_length(windows.ids.shape[1], model.config)
+        config = config.model_copy(update={"samples": len(windows), "sequence_length": windows.ids.shape[1]})
     result = compress_model(model, windows, config, progress, probe=texts.probe_windows)
     given = {**({} if ratio is None else {"ratio": ratio}), **options}
     settings = ", ".join(f"{name}={value!r}" for name, value in given.items())

@@ -51,6 +51,11 @@ class ModuleGeometry:
         """Parameters at ``rank`` units."""
         return rank * self.unit_parameters
 
+    @property
+    def largest_unit(self) -> int:
+        """What one more unit adds at most."""
+        return self.unit_parameters
+
     def step(self, align: int) -> int:
         """The units between two allowed ranks."""
         return math.lcm(align, self.channels, self.multiple) // self.channels
@@ -157,27 +162,58 @@ def whole_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -
     return replace(channels, modules={"layer": ModuleGeometry(1, channels.parameters + channels.extra)})
 
 
-def average_sparsity(layers: Sequence[LayerGeometry], modules: Sequence[Module], ratio: float, align: int = 1) -> float:
-    """The share the selected ``modules`` must lose so that the decoder blocks lose ``ratio`` of their parameters.
+@dataclass(frozen=True)
+class Base:
+    """What a ratio is of: ratio * ``parameters`` + ``extra`` have to go."""
 
-    Raises :class:`InvalidRequest` when the modules, kept at their smallest allowed ranks, do not hold that much.
+    parameters: int
+    extra: int = 0
+    """What compressed layers have more, which has to be made up for."""
+    name: str = "the decoder blocks' parameters"
+
+    @classmethod
+    def blocks(cls, layers: Sequence[LayerGeometry]) -> Base:
+        """All that is in the ``layers``."""
+        return cls(sum(layer.parameters for layer in layers), sum(layer.extra for layer in layers))
+
+    @classmethod
+    def touched(cls, layers: Sequence[LayerGeometry], modules: Sequence[Module]) -> Base:
+        """What of the ``layers`` can be removed with these ``modules``."""
+        parameters = sum(layer.modules[module].parameters for layer in layers for module in modules)
+        return cls(parameters, name="the touched matrices")
+
+
+def average_sparsity(
+    layers: Sequence[LayerGeometry],
+    modules: Sequence[Module],
+    ratio: float,
+    align: int = 1,
+    base: Base | None = None,
+) -> float:
+    """The share the selected ``modules`` of these ``layers`` must lose so that ``base`` loses ``ratio``.
+
+    That is all parameters of the layers where not given. Raises :class:`InvalidRequest` when the modules, kept at their
+    smallest allowed ranks, do not hold that much.
     """
-    blocks = sum(layer.parameters for layer in layers)
+    base = base or Base.blocks(layers)
     selected = sum(layer.modules[module].parameters for layer in layers for module in modules)
     chosen = [layer.modules[module] for layer in layers for module in modules]
     smallest = sum(geometry.parameters_at(geometry.nearest(0, align)) for geometry in chosen)
-    extra = sum(layer.extra for layer in layers)  # has to be made up for
-    if ratio * blocks + extra > selected - smallest:
-        largest = max(0, math.floor(1000 * (selected - smallest - extra) / blocks) / 1000)
+    if ratio * base.parameters + base.extra > selected - smallest or not selected:
+        largest = max(0, math.floor(1000 * (selected - smallest - base.extra) / max(1, base.parameters)) / 1000)
         raise InvalidRequest(
-            f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)} and --align {align}: "
-            f"at most {largest:g} of the decoder blocks' parameters can go; use less, more modules or a finer alignment"
+            f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)} and --align {align}: at most "
+            f"{largest:g} of {base.name} can go; use less, more modules or layers, or a finer alignment"
         )
-    return max(0.0, (ratio * blocks + extra) / selected)
+    return max(0.0, (ratio * base.parameters + base.extra) / selected)
 
 
 def largest_ratio(
-    layers: Sequence[LayerGeometry], losses: Sequence[Mapping[Module, torch.Tensor]], limit: float, align: int
+    layers: Sequence[LayerGeometry],
+    losses: Sequence[Mapping[Module, torch.Tensor]],
+    limit: float,
+    align: int,
+    base: Base | None = None,
 ) -> float:
     """The largest ratio, in thousandths, whose ranks by :func:`ranks_from_losses` lose no more than ``limit`` in all.
 
@@ -186,7 +222,7 @@ def largest_ratio(
 
     def lost(thousandths: int) -> float:
         try:
-            ranks = ranks_from_losses(layers, losses, thousandths / 1000, align)
+            ranks = ranks_from_losses(layers, losses, thousandths / 1000, align, base)
         except InvalidRequest:  # out of reach
             return math.inf
         return sum(
@@ -250,9 +286,13 @@ def ranks_from_sparsity(
 
 
 def ranks_from_losses(
-    layers: Sequence[LayerGeometry], losses: Sequence[Mapping[Module, torch.Tensor]], ratio: float, align: int
+    layers: Sequence[LayerGeometry],
+    losses: Sequence[Mapping[Module, torch.Tensor]],
+    ratio: float,
+    align: int,
+    base: Base | None = None,
 ) -> list[LayerRanks]:
-    """The ranks of least total loss that remove ``ratio`` of the decoder blocks' parameters.
+    """The ranks of least total loss that remove ``ratio`` of ``base``, see :func:`average_sparsity`.
 
     ``losses`` gives, per layer and module that may be compressed, what is lost at ranks 0, 1, ..., full. Modules go
     down the lower convex hulls of their losses over parameters, always the one that loses least per parameter next:
@@ -261,8 +301,9 @@ def ranks_from_losses(
     :func:`average_sparsity` does.
     """
     modules = list(losses[0])
-    average_sparsity(layers, modules, ratio, align)  # refuses what is out of reach
-    wanted = ratio * sum(layer.parameters for layer in layers) + sum(layer.extra for layer in layers)
+    base = base or Base.blocks(layers)
+    average_sparsity(layers, modules, ratio, align, base)  # refuses what is out of reach
+    wanted = ratio * base.parameters + base.extra
     kept: list[dict[Module, int]] = [
         {module: shape.full for module, shape in layer.modules.items()} for layer in layers
     ]

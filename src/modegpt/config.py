@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,16 +11,35 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from typing_extensions import Self
 
 from . import mixture
-from .budget import Module
+from .budget import Base, LayerGeometry, Module
 from .data import HUB_DATASETS
 from .errors import InvalidRequest
 from .methods import METHODS, Allocation, Calibrated, Method
 from .sources import Dtype, usable_device
 
+#: In place of a text: a part of the calibration text, and no text.
+HELD_OUT, NONE = "held-out", "none"
+
 
 def _of_method(value: Callable[[type[Method]], Any]) -> Callable[[Mapping[str, Any]], Any]:
     """A default that the method decides, which is validated before; any will do where that was refused."""
     return lambda given: value(METHODS[given.get("method", "modegpt")])
+
+
+def _needs_text(method: str, allocation: str) -> bool:
+    return bool(METHODS[method].statistics) or allocation != "uniform"
+
+
+def _text(given: Mapping[str, Any]) -> str:
+    """The default calibration text: none where it would not be read."""
+    known = "method" in given and "allocation" in given
+    return mixture.DEFAULT if not known or _needs_text(given["method"], given["allocation"]) else NONE
+
+
+def _ranges(layers: str) -> list[tuple[int, int]]:
+    """The first and the last layer of every range in ``layers``; none for all."""
+    parts = [] if layers == "all" else [part.split("-") for part in layers.split(",")]
+    return [(int(part[0]), int(part[-1])) for part in parts]
 
 
 #: How much is removed is said by one of these.
@@ -65,6 +84,14 @@ class CompressionConfig(BaseModel):
         description="Instead of --ratio: as much as is predicted to raise the perplexity by no more than this, e.g. "
         "10%. Needs the 'sensitivity' allocation.",
     )
+    ratio_of: Literal["blocks", "touched"] = Field(
+        "blocks",
+        description="What the ratio is of: 'blocks', all parameters of the decoder blocks, or 'touched', only what the "
+        "method can remove from the chosen modules and layers.",
+    )
+    layers: str = Field(
+        "all", description="Layers to compress, counted from 0, such as 2-29 or 0,4-7; the others stay whole."
+    )
     method: str = Field(
         "modegpt",
         description="Compression method. " + " ".join(f"'{name}': {m.summary}." for name, m in METHODS.items()),
@@ -107,7 +134,12 @@ class CompressionConfig(BaseModel):
     )
     ridge: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
         1e-4,
-        description="Ridge of the leverage scores (lambda) in units of the mean channel energy, hence scale-free.",
+        description="Ridge of leverage scores, fits and whitening (lambda) in units of the mean channel energy, hence "
+        "scale-free.",
+    )
+    joint_only: bool = Field(
+        False,
+        description="With 'joint-rank-k': leave the maps without a partner (values, attention output, down) whole.",
     )
     samples: Annotated[int, Field(ge=1)] = Field(128, description="Number of calibration windows.")
     sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="Tokens in a window.")
@@ -143,6 +175,12 @@ class CompressionConfig(BaseModel):
         if len(given) != 1:
             options = ", ".join(map(_option, given)) or "none"
             raise ValueError(f"give one of {', '.join(map(_option, AIMS))}; given: {options}")
+        if self.allocation == "own" and (self.layers, self.ratio_of) != ("all", "blocks"):
+            raise ValueError(
+                f"--method {self.method} chooses among all layers itself; leave out --layers and --ratio-of"
+            )
+        if self.ratio is None and self.ratio_of != "blocks":
+            raise ValueError(f"--ratio-of {self.ratio_of} goes with --ratio, not {_option(given[0])}")
         predicted = self.allocation == "sensitivity" or getattr(self, "profile_from", None) is not None
         if self.max_perplexity_increase is not None and not predicted:
             raise ValueError(
@@ -155,6 +193,22 @@ class CompressionConfig(BaseModel):
     def _known_method(cls, value: str) -> str:
         if value not in METHODS:
             raise ValueError(f"unknown method; use one of {', '.join(METHODS)}")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _layer_ranges(cls, value: str) -> str:
+        if value != "all" and not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", value):
+            raise ValueError("use 'all' or numbers and ranges such as 2-29 or 0,4-7")
+        if any(first > last for first, last in _ranges(value)):
+            raise ValueError("a range ends before it begins")
+        return value
+
+    @field_validator("joint_only")
+    @classmethod
+    def _joint_method(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("method") != "joint-rank-k":
+            raise ValueError("only --method joint-rank-k has it")
         return value
 
     @field_validator("allocation")
@@ -181,6 +235,24 @@ class CompressionConfig(BaseModel):
             return tuple(module for module in known if module in value)
         return value
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything is learnt from text."""
+        return _needs_text(self.method, self.allocation)
+
+    def chosen_layers(self, count: int) -> list[int]:
+        """Which of ``count`` layers are compressed; raises :class:`InvalidRequest` for others."""
+        chosen = {index for first, last in _ranges(self.layers) for index in range(first, last + 1)}
+        if chosen and max(chosen) >= count:
+            raise InvalidRequest(f"--layers {self.layers}: MODEL has layers 0 to {count - 1}")
+        return sorted(chosen) if chosen else list(range(count))
+
+    def base(self, layers: Sequence[LayerGeometry]) -> Base:
+        """What the ratio is of, in a model of these ``layers``."""
+        if self.ratio_of == "blocks":
+            return Base.blocks(layers)
+        return Base.touched([layers[index] for index in self.chosen_layers(len(layers))], self.modules)
+
     def settings(self) -> dict[str, Any]:
         """The options that the result depends on."""
         return self.model_dump(mode="json")
@@ -205,11 +277,12 @@ class RunConfig(CompressionConfig):
     model: str = Field(description="A hub id, a local Hugging Face directory, or a .gguf file (which is dequantised).")
     output: Path = Field(description="Directory for the compressed checkpoint.")
     calibration: str = Field(
-        mixture.DEFAULT,
+        default_factory=_text,
         description=f"Calibration text: {', '.join(map(repr, HUB_DATASETS))} from the hub; a .txt, .txt.gz, .jsonl or "
         ".parquet file; 'self', text sampled from the model; or several, separated by commas, each with its share of "
         "the windows if not equal: text.jsonl:0.75,self:0.25. 'mix' is the mixture "
-        f"{mixture.MIXTURES['mix'].replace(',', ', ')}.",
+        f"{mixture.MIXTURES['mix'].replace(',', ', ')}. By default '{mixture.DEFAULT}', or 'none' where method and "
+        "allocation use no text.",
     )
     profile_from: Path | None = Field(
         None,
@@ -217,9 +290,10 @@ class RunConfig(CompressionConfig):
         "calibration text is read. Nothing is evaluated unless --evaluate names a text.",
     )
     evaluate: str = Field(
-        "held-out",
+        default_factory=lambda given: NONE if given.get("calibration") == NONE else HELD_OUT,
         description="Text for perplexity before and after: 'held-out' (of each calibration text the data set's test "
-        "split, or the last tenth of a file, never calibrated on), another data set or file, or 'none'.",
+        "split, or the last tenth of a file, never calibrated on), another data set or file, or 'none'. By default "
+        "'held-out', but 'none' without calibration text.",
     )
     evaluation_samples: Annotated[int, Field(ge=1)] = Field(
         8, description="Windows to evaluate on, from the start of each text."
@@ -254,6 +328,20 @@ class RunConfig(CompressionConfig):
             raise ValueError("not valid Unicode; the report could not hold it") from None
         if too_long:
             raise ValueError("too long for a name")
+        return value
+
+    @field_validator("calibration")
+    @classmethod
+    def _calibrated_if_needed(cls, value: str, info: ValidationInfo) -> str:
+        if value == NONE and _text(info.data) != NONE:
+            raise ValueError("--method and --allocation need text to calibrate on")
+        return value
+
+    @field_validator("evaluate")
+    @classmethod
+    def _held_out_of_something(cls, value: str, info: ValidationInfo) -> str:
+        if value == HELD_OUT and info.data.get("calibration") == NONE:
+            raise ValueError("there is no calibration text to hold a part of; name a text, or 'none'")
         return value
 
     @field_validator("device")

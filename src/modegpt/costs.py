@@ -129,8 +129,7 @@ def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> floa
         flops += 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
     if "query" in wanted:
         flops += 2.0 * (sizes.heads + sizes.groups) * h**2
-    if "attention_input" in wanted:
-        flops += _panel_flops(sizes.hidden)
+    flops += sum(_panel_flops(sizes.hidden) for name in ("attention_input", "mlp_input") if name in wanted)
     if "head_outputs" in wanted:
         flops += _panel_flops(sizes.heads * h)
     if "logits" in wanted:  # of some queries, all scores and the products of the features of some keys
@@ -153,6 +152,7 @@ def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
     elements = {
         "mlp": sizes.experts * sizes.intermediate**2,
         "attention_input": sizes.hidden**2,
+        "mlp_input": sizes.hidden**2,
         "query": sizes.heads * sizes.head**2,
         "key": sizes.groups * sizes.head**2,
         "head_outputs": (sizes.heads * sizes.head) ** 2,
@@ -229,6 +229,43 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
         n = sizes.heads * h
         return 4.0 * n**3 + 4 * n**2 * d
     return 10.0 * sizes.heads * h**2
+
+
+def _map_sizes(module: Module, sizes: Sizes) -> list[tuple[int, int]]:
+    """Inputs and outputs of the maps of a module."""
+    d, heads, groups = sizes.hidden, sizes.heads * sizes.head, sizes.groups * sizes.head
+    inner = sizes.intermediate
+    return {"mlp": [*[(d, inner)] * sizes.gates, (inner, d)], "qk": [(d, heads), (d, groups)]}.get(
+        module, [(d, groups), (heads, d)]
+    )
+
+
+def truncation_flops(module: Module, sizes: Sizes, *, whitened: bool) -> float:
+    """Operations to truncate the singular value decompositions of a module's maps.
+
+    Of a p x q matrix, q <= p, 6 p q^2 + 20 q^3 (Golub and Van Loan's count for both sets of vectors); where it is
+    ``whitened`` the Cholesky factor of its inputs' correlation, and products with it before and after.
+    """
+    flops = 0.0
+    for inputs, outputs in _map_sizes(module, sizes):
+        p, q = max(inputs, outputs), min(inputs, outputs)
+        flops += 6.0 * p * q**2 + 20.0 * q**3
+        flops += (inputs**3 / 3 + 2.0 * inputs**2 * outputs + inputs**2 * q) if whitened else 0.0
+    return flops
+
+
+def truncation_bytes(sizes: Sizes, *, whitened: bool) -> int:
+    """What truncating all maps of a layer holds at once, in float64.
+
+    The maps of the module at work and those of others that are kept, the factors found so far, and of the largest map:
+    its copy, the routine's, both sets of vectors with its workspace, and where it is ``whitened`` the weighted copy and
+    the root of its correlation.
+    """
+    modules: tuple[Module, ...] = ("mlp", "qk", "vo")
+    maps = [one for module in modules for one in _map_sizes(module, sizes)]
+    whole = sum(inputs * outputs for inputs, outputs in maps)
+    p, q = max((max(one), min(one)) for one in maps)
+    return 8 * (2 * whole + 3 * p * q + 5 * q**2 + (p * q + 2 * p**2 if whitened else 0))
 
 
 def spread(costs: Mapping[_K, float], workers: int) -> dict[_K, int]:

@@ -10,7 +10,6 @@ worker and many.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,18 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
-from .allocation import allocate, bounded_allocation
-from .budget import (
-    LayerGeometry,
-    LayerRanks,
-    Module,
-    average_sparsity,
-    largest_ratio,
-    ranks_from_losses,
-    ranks_from_sparsity,
-    staying,
-    whole,
-)
+from .budget import LayerGeometry, LayerRanks, Module, staying, whole
+from .choosing import choose_ranks
 from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
@@ -49,7 +38,7 @@ from .profile import PROBE_LENGTH, PROBE_TOKENS, Profiler
 from .progress import Progress
 from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import LayerRunner
-from .scores import block_influence, outlier_shares
+from .scores import block_influence
 from .solving import LayerSolver, Tensors
 from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
 from .weights import copy_rest
@@ -71,14 +60,15 @@ class Compression:
 
 def compress_model(
     model: PreTrainedModel,
-    windows: TokenWindows,
+    windows: TokenWindows | None,
     config: CompressionConfig,
     progress: Progress | None = None,
     probe: TokenWindows | None = None,
 ) -> Compression:
     """Compress a stock causal language model with calibration ``windows``; the model itself is not changed.
 
-    ``probe`` are the windows that sensitivities are measured on, as :class:`Engine` takes them.
+    They can be None where ``config`` calibrates nothing. ``probe`` are the windows that sensitivities are measured on,
+    as :class:`Engine` takes them.
     """
     engine = Engine(resident(model), windows, config.batch_size, probe=probe, progress=progress)
     with engine.active():
@@ -92,7 +82,8 @@ class Engine:
     disk and out of memory, and those already there are not done again; hidden states go where it says. Sensitivities
     are measured on the ``probe`` windows, best others than those that calibrate: the first of these where not given.
     The statistics that were gathered on the way are ``kept`` (in the journal's directory, otherwise in memory), and
-    where a finished profile is there already, no ``windows`` are needed. An engine makes one profile, of one method.
+    where a finished profile is there already, no ``windows`` are needed; nor where nothing is learnt from text. An
+    engine makes one profile, of one method.
     """
 
     def __init__(
@@ -157,58 +148,7 @@ class Engine:
 
         ``influence`` and ``profile`` spare the pass that :meth:`block_influence` or :meth:`profile` takes.
         """
-        method = METHODS[config.method].from_config(config)
-        geometry = self.geometry(method)
-        method.check(self.dense.model, geometry, config, config.ratio or 0.0)
-        if config.allocation == "own":
-            assert config.ratio is not None
-            return method.choose(self, config, config.ratio)
-        if config.allocation == "sensitivity":
-            profile = profile or self.profile(config)
-            losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
-            ratio = config.ratio
-            if ratio is None:
-                assert config.max_perplexity_increase is not None
-                ratio = largest_ratio(geometry, losses, math.log1p(config.max_perplexity_increase), config.align)
-            ranks = ranks_from_losses(geometry, losses, ratio, config.align)
-            removed = [
-                {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
-                for layer, rank in zip(geometry, ranks, strict=True)
-            ]
-            return Choice(ranks, removed, divergence=profile.divergence(ranks), ratio=ratio)
-        assert config.ratio is not None
-        average = average_sparsity(geometry, config.modules, config.ratio, config.align)
-        if config.allocation == "uniform":
-            uniform = [dict.fromkeys(config.modules, average) for _ in geometry]
-            return Choice(ranks_from_sparsity(geometry, uniform, config.align), uniform)
-
-        if config.allocation == "owl":
-            outliers = self.once("outliers", lambda: outlier_shares(self, config.owl_threshold))
-            weights = [sum(layer.modules[module].parameters for module in config.modules) for layer in geometry]
-            shares = bounded_allocation(outliers, weights, average, config.owl_reach)
-            by_layer = [dict.fromkeys(config.modules, share) for share in shares]
-            ranks = ranks_from_sparsity(geometry, by_layer, config.align)
-            return Choice(ranks, by_layer, [[share] for share in outliers])
-
-        influence = influence or self.block_influence()
-        # Which of a layer's three scores speaks for which modules.
-        split = config.allocation == "block-influence-split"
-        slots = [(2 if module == "mlp" else 1) if split else 0 for module in config.modules]
-        chosen = [
-            (slot, [module for module, own in zip(config.modules, slots, strict=True) if own == slot])
-            for slot in sorted(set(slots))
-        ]
-        scores = [[row[slot] for slot, _ in chosen] for row in influence]
-        weights = [sum(layer.modules[module].parameters for module in part) for layer in geometry for _, part in chosen]
-
-        temperature = None if config.temperature == "auto" else config.temperature
-        shares, temperature = allocate([score for row in scores for score in row], weights, average, temperature)
-        remaining = iter(shares)
-        sparsity = [
-            {module: share for (_, part), share in zip(chosen, remaining, strict=False) for module in part}
-            for _ in geometry
-        ]
-        return Choice(ranks_from_sparsity(geometry, sparsity, config.align), sparsity, scores, temperature)
+        return choose_ranks(self, config, influence, profile)
 
     def profile(self, config: CompressionConfig) -> Profile:
         """What compressing each module alone costs, see :class:`modegpt.profile.Profiler`."""
@@ -257,7 +197,7 @@ class Engine:
         with self.progress.phase("compress", count), self.runner.active(), thin_runner.active():
             for index in range(count):
                 # The outputs, by a later layer.
-                needed = bool(open_layers) and not kept and start <= index < open_layers[-1]
+                needed = bool(method.statistics and open_layers) and not kept and start <= index < open_layers[-1]
                 gone = index not in places
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if gone and index not in done:
@@ -326,6 +266,8 @@ class Engine:
         self, index: int, layer: nn.Module, hidden: Activations, wanted: Collection[Statistic], *, keep: bool
     ) -> LayerStatistics:
         """Run every batch through dense layer ``index``, gathering statistics; its outputs are kept if ``keep``."""
+        if not wanted and not keep:
+            return LayerStatistics({})
         self.progress.detail("calibrating")
         collector = StatisticsCollector(layer, self.family.description, self._heads(layer), wanted)
         with collector.attached():

@@ -6,7 +6,7 @@ Notation: d hidden size, m intermediate size, H query heads, G key-value heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -151,6 +151,41 @@ def mlp_maps(layer: nn.Module, family: Family, expert: int | None = None) -> tup
         biases = [None] * (weight.shape[1] // width) if bias is None else bias.split(width)
         inputs += list(zip(weight.split(width, dim=1), biases, strict=True))
     return inputs, output
+
+
+@dataclass(frozen=True)
+class MapShape:
+    """A linear map of a layer as its compressed form stores it."""
+
+    inputs: int
+    outputs: int
+    parts: int = 1
+    """Maps that it holds: two where gate and up are one."""
+
+
+_Modules = Literal["mlp", "qk", "vo"]
+
+
+def map_shapes(layer: nn.Module, config: PreTrainedConfig, family: Family) -> dict[_Modules, list[MapShape]]:
+    """The linear maps of a layer's modules, in the order of their weights' ``maps``; not of one with experts."""
+    shape = HeadShape.of(layer, config, family)
+    query, output = (linear(layer, f"{family.attention}.{name}")[0] for name in (family.input_maps[0], family.output))
+    inputs, down = mlp_maps(layer, family)
+    d, (m, outputs), parts = len(query), down.shape, len(inputs) // len(family.mlp_inputs)
+    heads, groups = shape.heads * shape.head, shape.groups * shape.head
+    return {
+        "mlp": [*(MapShape(len(inputs[0][0]), parts * m, parts) for _ in family.mlp_inputs), MapShape(m, outputs)],
+        "qk": [MapShape(d, heads), MapShape(d, groups)],
+        "vo": [MapShape(d, groups), MapShape(*output.shape)],
+    }
+
+
+def map_paths(family: Family, module: str) -> tuple[str, ...]:
+    """Where a compressed layer has the maps of ``module``, in the same order."""
+    names = {"qk": ("q_proj", "k_proj"), "vo": ("v_proj", "o_proj")}
+    if module == "mlp":
+        return (*family.mlp_inputs, family.mlp_output)
+    return tuple(f"{family.attention}.{name}" for name in names[module])
 
 
 def _experts(layer: nn.Module, family: Family) -> Any:

@@ -120,9 +120,9 @@ class Texts:
     probe_length: int = 0
 
     @property
-    def calibration(self) -> TokenWindows:
-        """The calibration windows, in their order."""
-        return interleave(list(self.parts.values()), self.seed)
+    def calibration(self) -> TokenWindows | None:
+        """The calibration windows, in their order; None where none are there."""
+        return interleave(list(self.parts.values()), self.seed) if self.parts else None
 
     @property
     def probe_windows(self) -> TokenWindows | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedConfig
 
-from .config import RunConfig
+from .config import NONE, RunConfig
 from .errors import CheckpointError, InvalidRequest
 from .files import replace_file
 from .kept import PROFILE_FILE
@@ -18,7 +18,7 @@ from .report import TextFacts
 
 ORIGIN_FILE = "origin.json"
 #: What the profile was made with; a compression from it has the same.
-_TAKEN = ("method", "modules", "ridge", "calibration", "samples", "sequence_length", "seed")
+_TAKEN = ("method", "modules", "ridge", "joint_only", "calibration", "samples", "sequence_length", "seed")
 
 
 class Origin(BaseModel):
@@ -64,7 +64,7 @@ class Origin(BaseModel):
         usual = RunConfig.validated(**_anything(config))
         for name in _TAKEN:
             given, own = getattr(config, name), getattr(settled, name)
-            if given not in (own, getattr(usual, name)):
+            if given not in (own, getattr(usual, name)) and (name, given) != ("calibration", NONE):
                 option = "--" + name.replace("_", "-")
                 raise InvalidRequest(f"{option} {_words(given)}: the profile was made with {_words(own)}; leave it out")
         for name, possible in (("allocation", ("sensitivity", "uniform")), ("statistics", ("dense",))):

@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .checkpoint import check_output, publish, publish_profile, published
-from .config import ProfileConfig, RunConfig
+from .config import HELD_OUT, NONE, ProfileConfig, RunConfig
 from .data import (
+    SELF,
     TokenWindows,
     check_length,
     check_source,
@@ -47,8 +48,6 @@ from .report import (
     versions,
 )
 from .sources import ModelSource, check_vocabulary
-
-HELD_OUT, NONE = "held-out", "none"
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     if config.profile_from is not None:
         origin, kept = Origin.read(config.profile_from), open_kept(config.profile_from)
         config = origin.applied(config)
-    mixture = Mixture.parse("self" if origin else config.calibration)
+    mixture = Mixture.parse(SELF if origin or config.calibration == NONE else config.calibration)
     evaluated = [config.evaluate] if Path(config.evaluate).is_file() else []
     finished = published(config.output) and not config.restart
     if not finished:
@@ -113,7 +112,7 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
         )
     batches = math.ceil(config.samples / config.batch_size)
     count = processes(config.devices, config.device)
-    if count > batches:
+    if config.calibrates and count > batches:
         raise InvalidRequest(
             f"--devices {count}: there are {batches} batches to share; use fewer processes, more "
             "--samples or a smaller --batch-size"
@@ -141,7 +140,8 @@ def plan_request(config: RunConfig, *, timed: bool = True) -> tuple[RunConfig, P
     source = ModelSource(config.model, config.trust_remote_code)
     model_config = source.config()
     check_family(model_config)
-    check_length(config.sequence_length, model_config)
+    if config.calibrates or config.evaluate != NONE:
+        check_length(config.sequence_length, model_config)
     config, plan, shape = make_plan(config, source, model_config, timed=timed)
     return config, model_config, plan, shape
 
@@ -174,7 +174,7 @@ def _opened(request: Request, progress: Progress | None, crew: Workers) -> Itera
         texts = _sampled(request, texts, journal, crew, progress)
         engine = Engine(
             dense,
-            texts.calibration if texts.parts else None,
+            texts.calibration,
             config.batch_size,
             probe=texts.probe_windows,
             progress=progress,
@@ -198,7 +198,7 @@ def _compress(run: _Run, command: str | None) -> CompressionReport:
         engine.dense.model,
         result,
         config,
-        origin.calibration if origin else TextFacts.of(config.calibration, texts.calibration, texts.parts),
+        origin.calibration if origin else _calibration_facts(config, texts),
         command=command or f"modegpt.compress_to_directory({config!r})",
         source=config.model,
         evaluation=_evaluation_facts(config, texts),
@@ -232,7 +232,7 @@ def profile_to_directory(
             model=model_identity(request.model_config, request.source.fingerprint()),
             dtype=str(run.engine.dense.model.dtype).removeprefix("torch."),
             options=request.config.settings(),
-            calibration=TextFacts.of(config.calibration, run.texts.calibration, run.texts.parts),
+            calibration=_calibration_facts(config, run.texts),
             probe=None if run.texts.probe_windows is None else TextFacts.of("probe", run.texts.probe_windows),
         )
         if run.journal is not None:
@@ -298,17 +298,20 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
 
 def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """The windows of a run, as far as the model does not write them itself."""
-    mixture, length, count = Mixture.parse(config.calibration), config.sequence_length, config.evaluation_samples
-    texts = Texts(config.seed)
-    cut = Cut(
-        samples=config.samples,
-        length=length,
-        seed=config.seed,
-        held_out=count if config.evaluate == HELD_OUT else 0,
-        probe=probe_shape(length, len(mixture.shares)) if config.allocation == "sensitivity" else None,
-    )
-    if config.profile_from is None:
+    length, count = config.sequence_length, config.evaluation_samples
+    texts, held_out = Texts(config.seed), config.evaluate == HELD_OUT
+    if config.profile_from is None and config.calibration != NONE and (config.calibrates or held_out):
+        mixture = Mixture.parse(config.calibration)
+        cut = Cut(
+            samples=config.samples,
+            length=length,
+            seed=config.seed,
+            held_out=count if held_out else 0,
+            probe=probe_shape(length, len(mixture.shares)) if config.allocation == "sensitivity" else None,
+        )
         texts = read_mixture(mixture, tokenizer, cut)
+        if not config.calibrates:  # what is held out is all that is wanted
+            texts = replace(texts, parts={}, written={**texts.written, "parts": 0} if texts.written else {})
     if config.evaluate not in (HELD_OUT, NONE):
         ids = tokenize(tokenizer, read_text(config.evaluate, evaluation=True))
         windows = leading_windows(ids, count, length, what=f"--evaluate {config.evaluate}")
@@ -354,6 +357,10 @@ def _perplexities(
             if journal is not None and known is None:
                 journal.keep_perplexity(key, value)
     return {text: Pair(**pair) for text, pair in values.items()}
+
+
+def _calibration_facts(config: RunConfig, texts: Texts) -> TextFacts:
+    return TextFacts.of(config.calibration, texts.calibration, texts.parts)
 
 
 def _evaluation_facts(config: RunConfig, texts: Texts) -> TextFacts | None:

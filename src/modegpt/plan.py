@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .activations import Activations
 from .aims import with_ratio
-from .config import ProfileConfig, RunConfig
+from .config import HELD_OUT, NONE, ProfileConfig, RunConfig
 from .costs import (
     Sizes,
     forward_bytes,
@@ -275,7 +275,7 @@ def _larger(one: list[Part], other: list[Part]) -> list[Part]:
 
 def _sampling(config: RunConfig, shape: Shape) -> list[Part]:
     """What is held while text is sampled from the model: all of it, beside what is read for the layer loop."""
-    if not Mixture.parse(config.calibration).written:
+    if not Mixture.parse(config.calibration).written or not (config.calibrates or config.evaluate == HELD_OUT):
         return []
     whole, sizes = shape.rest * shape.item + shape.layers, shape.sizes
     cached = SAMPLED_AT_ONCE * min(PIECE, config.sequence_length) * sizes.layers
@@ -301,7 +301,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     method = METHODS[config.method].from_config(config)
     solve = statistics + method.solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
     logits = 0
-    if config.evaluate != "none":
+    if config.evaluate != NONE:
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
     return [
         Part(name="embeddings and head", bytes=shape.rest * shape.item),
@@ -323,8 +323,8 @@ def _disk(config: RunConfig, shape: Shape) -> list[Part]:
 
 def _states(config: RunConfig, shape: Shape) -> int:
     """Bytes of the hidden states of the process with most of them: of the calibration, or later of the evaluation."""
-    evaluated = 0 if config.evaluate == "none" else config.evaluation_samples
-    windows = _share(config, max(config.samples, evaluated))
+    evaluated = 0 if config.evaluate == NONE else config.evaluation_samples
+    windows = _share(config, max(config.samples if config.calibrates else 0, evaluated))
     return windows * config.sequence_length * shape.sizes.hidden * shape.item
 
 
@@ -358,13 +358,15 @@ class Rates:
 
 def _evaluated_texts(config: RunConfig) -> int:
     """How many texts perplexity is measured on: each source's held-out part, or one that is named."""
-    if config.evaluate != "held-out":
-        return 0 if config.evaluate == "none" else 1
+    if config.evaluate != HELD_OUT:
+        return 0 if config.evaluate == NONE else 1
     return max(1, len(Mixture.parse(config.calibration).shares.keys() - {SELF}))
 
 
 def _sampled_tokens(config: RunConfig) -> int:
     """Calibration tokens that the model is to write."""
+    if not config.calibrates:
+        return 0
     mixture = Mixture.parse(config.calibration)
     return mixture.counts(max(config.samples, len(mixture.shares))).get(SELF, 0) * config.sequence_length
 
@@ -394,7 +396,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     if profiled:
         # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
-        forward = tokens * dense + probe * dense * streams / 2
+        forward = (tokens * dense if method.statistics else 0) + probe * dense * streams / 2
         heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
     elif (passes := method.removal_passes(sizes.layers, _ratio(config))) is not None:
@@ -406,10 +408,11 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         phases.append(phase("scores", forward=tokens * dense))
     if isinstance(config, ProfileConfig):
         return phases
-    if not (config.statistics == "dense" and (profiled or config.profile_from)):  # which has kept its statistics
+    dense_kept = config.statistics == "dense" and (profiled or config.profile_from)
+    if method.statistics and not dense_kept:
         phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     phases.append(phase("solve", solve=solve))
-    if config.statistics == "sequential":
+    if method.statistics and config.statistics == "sequential":
         # The last layer's outputs are nobody's inputs.
         phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))
     if evaluated:
@@ -479,9 +482,8 @@ def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: Tok
                 model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
     statistics = collector.result(Workers())
     of_mlp = statistics.of_expert(0) if experts and "mlp" in method.statistics else statistics
-    if "mlp" in method.statistics and config.samples * config.sequence_length >= sizes.intermediate > batch.tokens // (
-        2 * sizes.experts
-    ):
+    enough = config.samples * config.sequence_length >= sizes.intermediate
+    if "mlp" in method.statistics and enough and sizes.intermediate > batch.tokens // (2 * sizes.experts):
         # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
         of_mlp["mlp"].diagonal().add_(of_mlp["mlp"].diagonal().mean().clamp_min(1))
     solver = LayerSolver(model, [], Workers(), Progress())

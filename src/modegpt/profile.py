@@ -66,15 +66,16 @@ class Profiler:
     def run(self, seed: int) -> Profile:
         """Profile all layers."""
         engine, layers = self._engine, self._engine.dense.layers
-        hidden = engine.activations("profile", engine.batches)
+        hidden, wanted = engine.activations("profile", engine.batches), self._method.statistics
         curves = []
         with engine.progress.phase("profile", len(layers)):
             for index in range(len(layers)):
                 engine.progress.detail("reading the layer")
                 with engine.dense.live(index) as layer:
                     with engine.runner.active():
-                        statistics = engine.calibrate(index, layer, hidden, self._method.statistics, keep=True)
-                    hidden.complete(index + 1)
+                        statistics = engine.calibrate(index, layer, hidden, wanted, keep=bool(wanted))
+                    if wanted:
+                        hidden.complete(index + 1)
                     engine.dense.prefetch(index + 1)
                     ladders = self._solver.ladders(index, self._method, layer, statistics, seed)
                     if engine.workers.first:

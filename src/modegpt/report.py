@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .budget import Module
-from .config import CompressionConfig
+from .config import NONE, CompressionConfig
 from .data import TokenWindows
 from .engine import Compression
 from .errors import CheckpointError
@@ -44,8 +45,15 @@ class TextFacts(_Facts):
     """The number of windows from each source, where there are several."""
 
     @classmethod
-    def of(cls, source: str, windows: TokenWindows, parts: Mapping[str, TokenWindows] | None = None) -> TextFacts:
-        """Describe ``windows`` that came from ``source``: from those of ``parts``, where there are several."""
+    def of(
+        cls, source: str, windows: TokenWindows | None, parts: Mapping[str, TokenWindows] | None = None
+    ) -> TextFacts:
+        """Describe ``windows`` that came from ``source``: from those of ``parts``, where there are several.
+
+        Without any, that there were none.
+        """
+        if windows is None:
+            return cls(source=NONE, windows=0, tokens=0, sha256=sha256().hexdigest())
         mixture = {name: len(part) for name, part in parts.items()} if parts and len(parts) > 1 else None
         return cls(source=source, windows=len(windows), tokens=windows.tokens, sha256=windows.sha256(), mixture=mixture)
 

@@ -13,7 +13,7 @@ from .budget import LayerGeometry, LayerRanks, Module
 from .costs import Sizes, spread
 from .decompositions import with_pseudo_tokens
 from .layered import LayeredModel
-from .layout import HeadShape, expert_count
+from .layout import HeadShape, expert_count, map_paths
 from .methods import Ladder, Method, Solution
 from .modeling import Family
 from .parallel import Workers
@@ -33,6 +33,7 @@ from .weights import (
     read_value_output,
     stack_experts,
     value_output_tensors,
+    with_factors,
 )
 
 Tensors = dict[str, torch.Tensor]
@@ -112,7 +113,7 @@ class LayerSolver:
             for part, ladder in ladders.own.items():
                 ladders.seeded(part)
                 solution = ladder.at(rank[part[0]])
-                solved[part] = self._tensors(part, solution.weights, solution.pairs), Outcome.of(solution)
+                solved[part] = self._tensors(part, solution), Outcome.of(solution)
         state = self._untouched(layer, {part[0] for part in ladders.owners})
         geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
         outcomes: dict[Module, list[Outcome]] = {module: [] for module in geometry}
@@ -173,19 +174,21 @@ class LayerSolver:
         tensors: Tensors = {}
         for part in _parts(layer, self._family, ("mlp", "heads")):
             if part[0] not in modules and not (part[0] == "heads" and {"qk", "vo"} & set(modules)):
-                tensors |= self._tensors(part, self._read(part, layer), None)
+                tensors |= self._tensors(part, Solution(self._read(part, layer), 0.0, 0.0))
         return cast_like(tensors, layer)
 
-    def _tensors(self, part: Part, weights: Any, pairs: torch.Tensor | None) -> Tensors:
-        """A part's compressed ``weights`` as in the compressed layer's state dict."""
-        module, expert = part
+    def _tensors(self, part: Part, solution: Solution[Any]) -> Tensors:
+        """A part's compressed weights as in the compressed layer's state dict."""
+        (module, expert), weights, family = part, solution.weights, self._family
         if module == "heads":
-            return head_tensors(weights, self._family)
+            return head_tensors(weights, family)
         if module == "mlp":
-            return mlp_tensors(weights, self._family, expert)
-        if module == "qk":
-            return query_key_tensors(weights, pairs, self._family)
-        return value_output_tensors(weights, self._family)
+            tensors = mlp_tensors(weights, family, expert)
+        elif module == "qk":
+            tensors = query_key_tensors(weights, solution.pairs, family)
+        else:
+            tensors = value_output_tensors(weights, family)
+        return with_factors(tensors, solution.factors, map_paths(family, module)) if solution.factors else tensors
 
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self._dense.model.config, self._family)

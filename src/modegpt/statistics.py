@@ -105,6 +105,7 @@ class MomentSum:
 #:
 #: mlp              C = Z^T Z of the input of the MLP's output map: (m, m). Of E experts: (E, m, m), each over the
 #:                  tokens that are routed to it, times the router's weight, as the expert's output is
+#: mlp_input        C = X^T X of what enters the MLP's maps into the intermediate space: (d, d); not with experts
 #: attention_input  C = X^T X of the attention block's input, after its norm: (d, d)
 #: query, key       C_q and C_k of every head after the rotary embedding: (G, g, h, h) and (G, h, h)
 #: head_outputs     C = Z^T Z of what all heads put out, without the value bias: (H h, H h)
@@ -115,6 +116,7 @@ class MomentSum:
 #: the tokens that are routed to it.
 Statistic = Literal[
     "mlp",
+    "mlp_input",
     "attention_input",
     "query",
     "key",
@@ -221,6 +223,7 @@ class StatisticsCollector:
         self._tokens = 0
         _, _, (_, self._value_bias) = query_key_value(layer, family, shape)
         self._experts: nn.Module | None = None
+        self._device = next(layer.parameters()).device
         self._mlp_input: nn.Module | None = None
         self._mlp_output: nn.Module | None = None
         if expert_count(layer, family):
@@ -230,8 +233,8 @@ class StatisticsCollector:
             self._mlp_input = layer.get_submodule(family.mlp_inputs[0])
             self._mlp_output = layer.get_submodule(family.mlp_output)
         if "logits" in wanted:
-            device, h = next(layer.parameters()).device, shape.head
-            self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=device)
+            h = shape.head
+            self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=self._device)
             self._logit_sums = [GramSum(out) for out in self._logits]
 
     def _prepare_experts(self, experts: Any) -> None:

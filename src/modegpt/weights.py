@@ -6,7 +6,7 @@ d hidden size, m intermediate size, G key-value heads, g query heads per key-val
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,10 +32,18 @@ class MLPWeights:
     """W_D (m, d)."""
     output_bias: torch.Tensor | None = None
     """(d,)."""
+    parts: int = 1
+    """Input maps that are stored as one."""
+
+    def maps(self) -> tuple[torch.Tensor, ...]:
+        """The linear maps as they are stored, (in, out) float64: the inputs' and W_D."""
+        stored = [self.inputs[start : start + self.parts] for start in range(0, len(self.inputs), self.parts)]
+        return (*(torch.cat(one, dim=1).double() for one in stored), self.output)
 
     def select(self, kept: torch.Tensor, output: torch.Tensor) -> MLPWeights:
         """Only the channels ``kept`` (k,), with W_D' = ``output`` (k, d)."""
-        return MLPWeights(
+        return replace(
+            self,
             inputs=tuple(weight[:, kept] for weight in self.inputs),
             input_biases=tuple(None if bias is None else bias[kept] for bias in self.input_biases),
             output=output,
@@ -107,6 +115,10 @@ class QueryKeyWeights:
         """Rotary pairs, or channels where none rotate, of a head."""
         return self.query.shape[-1] // (2 if self.rotary else 1)
 
+    def maps(self) -> tuple[torch.Tensor, ...]:
+        """W_q and W_k of all heads: (d, H h) and (d, G h)."""
+        return self.query.permute(2, 0, 1, 3).flatten(1), self.key.permute(1, 0, 2).flatten(1)
+
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second channel of every rotary pair."""
         return rotary_pairs(self.rotary, self.neighbours, self.query.device)
@@ -172,6 +184,10 @@ class ValueOutputWeights:
     output_bias: torch.Tensor | None
     """b_o + b_v W_o: (d,)."""
 
+    def maps(self) -> tuple[torch.Tensor, ...]:
+        """W_v and W_o of all heads: (d, G h) and (H h, d)."""
+        return self.value.permute(1, 0, 2).flatten(1), self.output.flatten(0, 2)
+
     def select(self, channels: torch.Tensor) -> ValueOutputWeights:
         """Keep the value ``channels`` (G, k) of every group."""
         output = _select(self.output.mT, channels).mT
@@ -200,6 +216,18 @@ class HeadWeights:
         return HeadWeights(self.query_key.of_groups(kept, query_squares, key_squares), value_output)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """Two thin maps in place of some of a module's linear maps, by their places in its ``maps``."""
+
+    maps: tuple[int, ...]
+    """More than one where they share the first factor."""
+    first: torch.Tensor
+    """A (in, k)."""
+    seconds: tuple[torch.Tensor, ...]
+    """B (k, out) of each map."""
+
+
 def _select(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     """The ``channels`` (G, k) of the last axis of x (G, ..., h)."""
     index = channels.view(len(channels), *[1] * (x.dim() - 2), channels.shape[-1])
@@ -223,6 +251,7 @@ def read_mlp(layer: nn.Module, family: Family, expert: int | None = None) -> MLP
         input_biases=tuple(bias for _, bias in inputs),
         output=output.double(),
         output_bias=None if bias is None else bias.double(),
+        parts=1 if expert is not None else len(inputs) // len(family.mlp_inputs),
     )
 
 
@@ -238,9 +267,8 @@ def mlp_tensors(mlp: MLPWeights, family: Family, expert: int | None = None) -> d
             f"{family.experts}.down_proj[{expert}]": mlp.output.T,
         }
     tensors = _named(family.mlp_output, mlp.output.T, mlp.output_bias)
-    blocks = len(mlp.inputs) // len(family.mlp_inputs)
     for number, path in enumerate(family.mlp_inputs):
-        parts = slice(number * blocks, (number + 1) * blocks)
+        parts = slice(number * mlp.parts, (number + 1) * mlp.parts)
         biases = [bias for bias in mlp.input_biases[parts] if bias is not None]
         weight = torch.cat(mlp.inputs[parts], dim=1)
         tensors |= _named(path, weight.T, torch.cat(biases) if biases else None)
@@ -337,6 +365,27 @@ def value_output_tensors(vo: ValueOutputWeights, family: Family) -> dict[str, to
 
 def _named(path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {f"{path}.weight": weight, **({} if bias is None else {f"{path}.bias": bias.flatten()})}
+
+
+def with_factors(
+    tensors: Mapping[str, torch.Tensor], factors: Iterable[Factors], paths: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """A module's ``tensors`` with ``factors`` in place of some of its maps; ``paths`` are those of its ``maps``.
+
+    A map's bias stays with its second factor.
+    """
+    result = dict(tensors)
+    for one in factors:
+        chosen = [paths[place] for place in one.maps]
+        if len(chosen) > 1:
+            result[f"{chosen[0].rpartition('.')[0]}.shared_input.weight"] = one.first.T
+            result |= {f"{path}.weight": second.T for path, second in zip(chosen, one.seconds, strict=True)}
+            continue
+        (path,), (second,) = chosen, one.seconds
+        del result[f"{path}.weight"]
+        result |= _named(f"{path}.second", second.T, result.pop(f"{path}.bias", None))
+        result[f"{path}.first.weight"] = one.first.T
+    return result
 
 
 def cast_like(tensors: Mapping[str, torch.Tensor], layer: nn.Module) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from .experts import with_pseudo_tokens
 from .fluctuation import fluctuation, mean_contribution, standardised
 from .linalg import top_indices
 from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate
+from .low_rank import LowRank, activation_scales, break_even, low_rank, whitening
 from .norm import norm_energy
 from .nystrom import NystromDecomposition, nystrom_decomposition, ridge_leverage_scores
 from .outliers import outlier_share
@@ -22,10 +23,13 @@ __all__ = [
     "CRDecomposition",
     "Elimination",
     "LogitLadder",
+    "LowRank",
     "NystromDecomposition",
     "SVDDecomposition",
     "ValueLadder",
+    "activation_scales",
     "balance",
+    "break_even",
     "channel_scores",
     "couples",
     "cr_decomposition",
@@ -35,6 +39,7 @@ __all__ = [
     "group_bases",
     "kept_coefficients",
     "logit_ladder",
+    "low_rank",
     "mean_contribution",
     "norm_energy",
     "nystrom_decomposition",
@@ -49,5 +54,6 @@ __all__ = [
     "top_indices",
     "unit_channels",
     "value_ladder",
+    "whitening",
     "with_pseudo_tokens",
 ]

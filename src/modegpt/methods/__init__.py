@@ -1,6 +1,7 @@
 """Compression methods by name. A new one is a subclass of :class:`Method` and a line here."""
 
 from .base import Allocation, Calibrated, Ladder, Method, Solution
+from .factorised import ASVD, SVD, SVDLLM, JointRankK
 from .flap import FLAP
 from .greedy import Greedy
 from .magnitude import Magnitude
@@ -9,17 +10,24 @@ from .obc import OBC
 from .shortgpt import ShortGPT
 from .sleb import SLEB
 
-_METHODS: tuple[type[Method], ...] = (Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB)
+_METHODS: tuple[type[Method], ...] = (
+    *(Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB),
+    *(SVD, ASVD, SVDLLM, JointRankK),
+)
 METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
 __all__ = [
+    "ASVD",
     "FLAP",
     "METHODS",
     "OBC",
     "SLEB",
+    "SVD",
+    "SVDLLM",
     "Allocation",
     "Calibrated",
     "Greedy",
+    "JointRankK",
     "Ladder",
     "Magnitude",
     "Method",

@@ -16,7 +16,7 @@ from .. import costs
 from ..budget import MODULES, LayerGeometry, Module, average_sparsity, layer_geometry
 from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
-from ..weights import HeadWeights, MLPWeights, QueryKeyWeights, ValueOutputWeights
+from ..weights import Factors, HeadWeights, MLPWeights, QueryKeyWeights, ValueOutputWeights
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
@@ -55,6 +55,8 @@ class Solution(Generic[Weights]):
     """Kept channels, (m',) or of every group (G, d_qk), where the method selects; None where it mixes."""
     pairs: torch.Tensor | None = None
     """Their rotary pairs (G, r), see :func:`modegpt.decompositions.couples`; None without rotary embedding."""
+    factors: tuple[Factors, ...] = ()
+    """What takes the place of some of the maps in ``weights``."""
 
     @property
     def relative_error(self) -> float:
@@ -68,12 +70,13 @@ class Ladder(Generic[Weights]):
 
     full: int
     at: Callable[[int], Solution[Weights]]
-    errors: torch.Tensor | None = None
-    """The objective at ranks 0, 1, ..., ``full``, where a method knows it without solving: (full + 1,) float64."""
+    errors: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    """The objective at ranks 0, 1, ..., ``full``, where a method knows it for all of them: (full + 1,) float64."""
 
     def curve(self) -> torch.Tensor:
         """The objective at ranks 0, 1, ..., ``full``, never increasing; interpolated between some where not known."""
-        errors = self._probed() if self.errors is None else self.errors
+        known = self._probed if self.errors is None else self.errors
+        errors = known if isinstance(known, torch.Tensor) else known()
         return errors.clamp_min(0).flip(0).cummax(0).values.flip(0)
 
     def _probed(self) -> torch.Tensor:
@@ -124,7 +127,8 @@ class Method(ABC):
         self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig, ratio: float
     ) -> None:
         """Refuse, before any work, what cannot be done with ``model``, whose weights may be on the meta device."""
-        average_sparsity(geometry, config.modules, ratio, config.align)
+        chosen = [geometry[index] for index in config.chosen_layers(len(geometry))]
+        average_sparsity(chosen, config.modules, ratio, config.align, config.base(geometry))
 
     def removal_passes(self, layers: int, ratio: float) -> tuple[float, float] | None:
         """What :meth:`choose` runs of the probe windows: layers, and heads; None for one pass of all windows."""

@@ -18,12 +18,14 @@ from .modeling_modegpt import (
     CompactAttention,
     Family,
     LayerSizes,
+    factor_stacks,
     features,
     has_experts,
     head_counts,
     is_joint,
     layer_sizes,
     norm_parts,
+    stack_name,
     stock_config,
 )
 
@@ -33,6 +35,7 @@ __all__ = [
     "CompressedFamily",
     "Family",
     "LayerSizes",
+    "factor_stacks",
     "features",
     "has_experts",
     "head_counts",
@@ -42,6 +45,7 @@ __all__ = [
     "norm_parts",
     "recognise",
     "register",
+    "stack_name",
     "stock_config",
 ]
 

@@ -1,6 +1,6 @@
 """A stock Transformers decoder with smaller modules inside: the runtime of a compressed model.
 
-This file and the family file beside it travel with every checkpoint (``auto_map``), so they import
+This file, that of the factors and the family file travel with every checkpoint (``auto_map``), so they import
 nothing but torch and Transformers. Nothing of the stock model is copied: the decoder, its norms, its
 masks, its rotary embedding and its head stay Transformers' own code. Only the linear maps become
 thinner, and attention learns that queries and keys may be narrower than, or as wide as, values.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, cast
@@ -26,6 +26,8 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.pytorch_utils import Conv1D
+
+from .modeling_factors import factorise
 
 #: What the ``model_type`` of a compressed model begins with.
 COMPRESSED = "modegpt_"
@@ -143,15 +145,21 @@ class LayerSizes:
     """Key-value heads, each with its query heads, of a model whose layers differ in them; given for all or none."""
     output_biases: bool = False
     """Whether attention and MLP have a bias at their output even if the family has none."""
+    factor_ranks: Mapping[str, int] | None = None
+    """Of the maps that are two thin ones, by the names of :func:`factor_stacks`; None where no layer has any."""
 
     @property
     def head_dim(self) -> int:
         """The one head size a kernel or serving engine needs when it cannot take two."""
         return max(self.qk_head_dim, self.v_head_dim)
 
-    def to_config(self) -> dict[str, int]:
+    def to_config(self) -> dict[str, Any]:
         """The entry of ``per_layer_config`` for this layer."""
-        optional = {"kv_heads": self.kv_heads, "output_biases": self.output_biases or None}
+        optional = {
+            "kv_heads": self.kv_heads,
+            "output_biases": self.output_biases or None,
+            "factor_ranks": None if self.factor_ranks is None else dict(self.factor_ranks),
+        }
         return {
             "intermediate_size": self.intermediate_size,
             "head_dim": self.head_dim,
@@ -169,19 +177,23 @@ def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
     """
     sizes = []
     for index, layer in enumerate(config.per_layer_config):
-        values: dict[str, int] = {}
-        for name in ("intermediate_size", "qk_head_dim", "v_head_dim"):
-            value = getattr(layer, name, None)
+        values: dict[str, Any] = {
+            name: getattr(layer, name, None) for name in ("intermediate_size", "qk_head_dim", "v_head_dim")
+        }
+        factors = getattr(layer, "factor_ranks", None)
+        if not isinstance(factors, dict | None):
+            raise ValueError(f"per_layer_config[{index}].factor_ranks is {factors!r}; expected ranks by name")
+        named = {f"factor_ranks[{name!r}]": rank for name, rank in (factors or {}).items()}
+        for name, value in (values | named).items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"per_layer_config[{index}].{name} is {value!r}; expected a positive integer")
-            values[name] = value
         kv_heads, biases = getattr(layer, "kv_heads", None), getattr(layer, "output_biases", False)
         groups = head_counts(config)[1]
         if kv_heads is not None and (type(kv_heads) is not int or not 1 <= kv_heads <= groups):
             raise ValueError(f"per_layer_config[{index}].kv_heads is {kv_heads!r}; expected 1 to {groups}")
         if type(biases) is not bool:
             raise ValueError(f"per_layer_config[{index}].output_biases is {biases!r}; expected true or false")
-        sizes.append(LayerSizes(**values, kv_heads=kv_heads, output_biases=biases))
+        sizes.append(LayerSizes(**values, kv_heads=kv_heads, output_biases=biases, factor_ranks=factors))
     return sizes
 
 
@@ -283,6 +295,8 @@ class CompactAttention(nn.Module):
         # A value bias goes through to the output.
         biased = sizes.output_biases or output.bias is not None or value.bias is not None
         hidden = features(query)[0]
+        #: The first factor that queries and keys share, if they do.
+        self.shared_input: nn.Linear | None = None
         self.q_proj = _linear(query, hidden, heads * self.qk_head_dim, bias=query.bias is not None)
         self.k_proj = _linear(key, hidden, groups * self.qk_head_dim, bias=key.bias is not None)
         self.v_proj = _linear(value, hidden, groups * self.v_head_dim, bias=False)
@@ -311,8 +325,9 @@ class CompactAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, d) to (B, T, d), and the attention weights (B, H, T, S) where the implementation returns them."""
         shape = hidden_states.shape[:-1]  # (B, T)
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        shared = hidden_states if self.shared_input is None else self.shared_input(hidden_states)
+        query = self.q_proj(shared).view(*shape, -1, self.qk_head_dim)
+        key = self.k_proj(shared).view(*shape, -1, self.qk_head_dim)
         query, key = (x if norm is None else norm(x) for x, norm in ((query, self.q_norm), (key, self.k_norm)))
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, d_qk), (B, G, T, d_qk)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)  # (B, G, T, d_v)
@@ -403,7 +418,7 @@ def _linear(like: Any, inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
 def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> None:
     """Replace the modules of a stock base model by ones of the widths ``config`` gives for each layer.
 
-    Raises ``ValueError`` naming the layer and field when a width is larger than the dense model's.
+    Raises ``ValueError`` naming the layer and field when a width or rank is larger than the dense model's.
     """
     layers: Any = base.get_submodule(family.layers)
     for index, (layer, sizes) in enumerate(zip(layers, layer_sizes(config), strict=True)):
@@ -423,6 +438,28 @@ def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> N
         if sizes.output_biases and has_experts(layer, family):
             raise ValueError(f"per_layer_config[{index}].output_biases: experts have none")
         _shrink_mlp(layer, config, family, sizes)
+        try:
+            factorise(layer, factor_stacks(family, dense_mlp=not has_experts(layer, family)), sizes.factor_ranks or {})
+        except ValueError as error:
+            raise ValueError(f"per_layer_config[{index}].factor_ranks: {error}") from error
+
+
+def factor_stacks(family: Family, *, dense_mlp: bool = True) -> dict[str, tuple[str, ...]]:
+    """The linear maps of a compressed layer that can be two thin ones, by name, and their paths in the layer.
+
+    Each one by itself; or queries with keys, and gate with up, which then share the first factor.
+    """
+    attention = [f"{family.attention}.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    mlp = [*family.mlp_inputs, family.mlp_output] if dense_mlp else []
+    stacks = [(path,) for path in (*attention, *mlp)] + [tuple(attention[:2])]
+    if dense_mlp and len(family.mlp_inputs) > 1:
+        stacks.append(family.mlp_inputs)
+    return {stack_name(paths): paths for paths in stacks}
+
+
+def stack_name(paths: Sequence[str]) -> str:
+    """What maps with these ``paths`` in a layer are called where they are factorised together."""
+    return "+".join(path.rpartition(".")[2] for path in paths)
 
 
 def has_experts(layer: Any, family: Family) -> bool:
