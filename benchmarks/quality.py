@@ -1,4 +1,4 @@
-r"""Perplexity at 10 to 50 %: the paper's algorithms, uniform and eq. 11, sequential and dense statistics, and ours.
+r"""Perplexity at 10 to 50 %: our method, the paper's algorithms with several allocations, and the baselines.
 
     python benchmarks/quality.py --train TRAIN.txt.gz --test TEST.txt.gz \
         --texts ptb=PTB_TEST.txt.gz alpaca=ALPACA.jsonl.gz novels=LAMBADA.jsonl.gz
@@ -52,12 +52,18 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 #: flatter one.
 SETTINGS = (
     ("greedy", "dense", "sensitivity", "auto"),
+    ("modegpt", "dense", "block-influence", 0.03),
+    ("obc", "dense", "uniform", "auto"),
+    ("flap", "dense", "own", "auto"),
+    *((method, "dense", "uniform", "auto") for method in ("svd-llm", "asvd", "svd", "joint-rank-k", "magnitude")),
+    ("shortgpt", "dense", "own", "auto"),
+    ("sleb", "dense", "own", "auto"),
     ("greedy", "dense", "uniform", "auto"),
-    *(
-        ("modegpt", statistics, *allocation)
-        for statistics in ("dense", "sequential")
-        for allocation in (("uniform", "auto"), ("block-influence", "auto"), ("block-influence", 0.03))
-    ),
+    ("modegpt", "dense", "uniform", "auto"),
+    ("modegpt", "dense", "block-influence", "auto"),
+    ("modegpt", "sequential", "uniform", "auto"),
+    ("modegpt", "sequential", "block-influence", "auto"),
+    ("modegpt", "sequential", "block-influence", 0.03),
 )
 TEST = "test"
 Row = dict[str, Any]

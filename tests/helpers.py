@@ -133,9 +133,10 @@ def run_process(*arguments: object) -> Outcome:
 def compress_arguments(
     model: object, output: object, calibration: object, *options: object, ratio: object = 0.3
 ) -> list[object]:
-    """A ``compress`` command on few tokens; ``options`` override what is set here."""
+    """A ``compress`` command by the paper's method on few tokens; ``options`` override what is set here."""
     return [
         *("compress", model, "--ratio", ratio, "--output", output, "--calibration", calibration),
+        *("--method", "modegpt"),
         *("--samples", 8, "--sequence-length", 32, *options),
     ]
 

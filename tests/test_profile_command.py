@@ -97,7 +97,7 @@ def test_targets(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--ratio 0.3 --method modegpt --samples 9", "--samples 9: the profile was made with 8; leave it out"),
+        ("--ratio 0.3 --samples 9", "--samples 9: the profile was made with 8; leave it out"),
         ("--ratio 0.3 --allocation block-influence", "--allocation block-influence needs calibration text"),
         ("--ratio 0.3 --statistics sequential", "--statistics sequential needs calibration text"),
         ("", "give one of --ratio, --target-parameters, --target-size, --max-perplexity-increase; given: none"),
