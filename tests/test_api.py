@@ -69,7 +69,7 @@ def test_every_form_of_calibration_gives_the_same_model(letters: PreTrainedToken
     windows = torch.tensor([ord(letter) for letter in text])
     windows = windows[: len(windows) // 16 * 16].view(-1, 16)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(3))[:8]
-    options = {"ratio": 0.3, "samples": 8, "sequence_length": 16, "seed": 3}
+    options = {"ratio": 0.3, "samples": 8, "sequence_length": 16, "seed": 3, "allocation": "uniform"}
     forms = [path, str(path), [text], windows[order], modegpt.TokenWindows(windows[order])]
     reports = [
         modegpt.compress(tiny_llama(), letters, calibration=form, **options).compression_report for form in forms

@@ -120,7 +120,8 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 
 def test_predictions_are_needed_for_a_limit_on_the_perplexity(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    outcome = run_cli("compress", tiny_checkpoint, "-o", tmp_path / "out", "--max-perplexity-increase", "10%")
+    options = ("--max-perplexity-increase", "10%", "--method", "modegpt")
+    outcome = run_cli("compress", tiny_checkpoint, "-o", tmp_path / "out", *options)
     assert outcome.code == 2
     assert (
         "--max-perplexity-increase needs predictions; use --allocation sensitivity, not block-influence" in outcome.err
