@@ -608,8 +608,9 @@ def test_what_is_not_given_is_what_suits_the_method(method: type[Method]) -> Non
         method.allocation,
         method.calibrated,
     )
-    given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation="uniform")
-    assert given.allocation == "uniform"
+    other = method.allocations[0]
+    given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation=other)
+    assert given.allocation == other
 
 
 @pytest.mark.parametrize("arguments", [["--help"], []], ids=["--help", "nothing"])
