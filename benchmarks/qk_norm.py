@@ -48,7 +48,7 @@ from quality import default_model
 from results_file import RESULTS, header, table, write
 
 RIDGE = 1e-4  # of the MLP, which stays whole
-SHARES = (0.75, 0.5, 0.25)
+SHARES = (0.75,)
 TREATMENTS = {
     "none": "e = 1",
     "mean": "e = n / k",
