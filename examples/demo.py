@@ -57,7 +57,7 @@ def main() -> None:
     modegpt(
         *("compress", model, "--ratio", 0.3, "--output", compressed, "--overwrite"),
         *("--calibration", calibration, "--evaluate", held_out, "--evaluation-samples", 8),
-        *("--samples", 32, "--sequence-length", 1024, "--temperature", 0.03),
+        *("--samples", 32, "--sequence-length", 1024),
     )
     modegpt("inspect", compressed)
     for name in (model, compressed):
