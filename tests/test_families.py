@@ -840,7 +840,7 @@ def test_from_disk_to_disk_is_the_same_as_in_memory_and_as_interrupted(
     name: str, checkpoint: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nothing here survives a crash of the machine anyhow
-    options = {"ratio": 0.3, "samples": 6, "sequence_length": 32, "batch_size": 4}
+    options = {"ratio": 0.3, "method": "modegpt", "samples": 6, "sequence_length": 32, "batch_size": 4}
 
     def config(output: str) -> RunConfig:
         return RunConfig.validated(
@@ -856,7 +856,8 @@ def test_from_disk_to_disk_is_the_same_as_in_memory_and_as_interrupted(
     thin = modegpt.compress(stock, calibration=texts.calibration, **options)
     assert_equal(dict(modegpt.load(tmp_path / "whole").state_dict()), thin.state_dict())
     assert [layer.modules for layer in report.layers] == [layer.modules for layer in thin.compression_report.layers]
-    measured = [modegpt.perplexity(model, texts.evaluation, batch_size=4) for model in (stock, thin)]
+    (held_out,) = texts.evaluation.values()
+    measured = [modegpt.perplexity(model, held_out, batch_size=4) for model in (stock, thin)]
     assert [report.perplexity.dense, report.perplexity.compressed] == pytest.approx(measured, rel=1e-6)
 
     keep_layer, kept = Journal.keep_layer, []
