@@ -121,6 +121,7 @@ def measure(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = RunConfig.validated(
         model=str(place / "model"),
         ratio=arguments.ratio,
+        method="modegpt",
         output=place / "compressed",
         calibration=str(place / "text.txt"),
         samples=arguments.samples,

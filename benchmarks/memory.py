@@ -50,7 +50,7 @@ directory, text, output, ratio, samples, length, allocation = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(directory)
 tokenizer = AutoTokenizer.from_pretrained(directory)
 options = {"samples": int(samples), "sequence_length": int(length), "allocation": allocation}
-smaller = modegpt.compress(model, tokenizer, ratio=float(ratio), calibration=text, **options)
+smaller = modegpt.compress(model, tokenizer, ratio=float(ratio), method="modegpt", calibration=text, **options)
 modegpt.save(smaller, output, tokenizer=tokenizer)
 """
 
@@ -276,7 +276,7 @@ def _command(path: str, model: Path, text: Path, output: Path, arguments: argpar
         places = [str(model), str(text), str(output)]
         return [sys.executable, "-c", WHOLE_MODEL, *places, ratio, samples, length, arguments.allocation]
     command = [sys.executable, "-m", "modegpt", "compress", str(model), "--ratio", ratio, "--output", str(output)]
-    command += ["--calibration", str(text), "--samples", samples, "--sequence-length", length]
+    command += ["--calibration", str(text), "--method", "modegpt", "--samples", samples, "--sequence-length", length]
     return [*command, "--allocation", arguments.allocation, "--evaluate", "none", "--device", "cpu"]
 
 

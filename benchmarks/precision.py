@@ -50,7 +50,9 @@ def main() -> None:
     results |= {"tokens_sha256": {"train": train.sha256(), "test": test.sha256()}}
     results |= {"dense_perplexity": round(perplexity(model, test), 4), "rows": []}
     for statistics, allocation in SETTINGS:
-        config = CompressionConfig.validated(ratio=arguments.ratio, statistics=statistics, allocation=allocation)
+        config = CompressionConfig.validated(
+            ratio=arguments.ratio, method="modegpt", statistics=statistics, allocation=allocation
+        )
         for products in ("float32", "float64"):
             doubled = patch.object(GramSum, "add", lambda self, x: add(self, x.double()))
             if products == "float64":

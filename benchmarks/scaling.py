@@ -51,7 +51,9 @@ MODELS = (
 
 def plan_of(model: Model) -> Plan:
     """The plan of a 30 % compression on a GPU."""
-    config = RunConfig.validated(model=model.name, output="compressed", ratio=RATIO, device="cpu", evaluate="none")
+    config = RunConfig.validated(
+        model=model.name, output="compressed", ratio=RATIO, method="modegpt", device="cpu", evaluate="none"
+    )
     assert (config.samples, config.sequence_length) == (SAMPLES, LENGTH)
     return predict(config, model.shape(), on_gpu=True)
 

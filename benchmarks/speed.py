@@ -173,6 +173,7 @@ def compression(arguments: argparse.Namespace, model: str, statistics: str, allo
             model=model,
             output=directory / "compressed",
             ratio=arguments.ratio,
+            method="modegpt",
             samples=arguments.samples,
             sequence_length=arguments.sequence_length,
             calibration=str(arguments.text),
