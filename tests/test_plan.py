@@ -83,7 +83,8 @@ def test_arithmetic_is_within_a_fifth_of_what_is_counted(statistics: str, alloca
 
 def test_a_plan_reads_nothing_but_the_config(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
-    outcome = run_cli("plan", tmp_path, "--ratio", 0.3, "--samples", 8, "--sequence-length", 32)
+    options = ("--method", "modegpt", "--samples", 8, "--sequence-length", 32)
+    outcome = run_cli("plan", tmp_path, "--ratio", 0.3, *options)
     assert (outcome.code, outcome.err) == (0, "")
     for words in ("Peak memory", "hidden states", "two layers", "Disk", "scores", "calibrate", "solve", "pass on"):
         assert words in outcome.out
@@ -116,7 +117,9 @@ def test_every_phase_has_a_time_only_if_asked(tiny_checkpoint: Path) -> None:
 
 
 def plan_of(shape: Shape, **settings: object) -> Plan:
-    config = RunConfig.validated(**({"model": "m", "output": "out", "ratio": 0.3, "evaluate": "none"} | settings))
+    config = RunConfig.validated(
+        **({"model": "m", "output": "out", "ratio": 0.3, "method": "modegpt", "evaluate": "none"} | settings)
+    )
     return predict(config, shape, on_gpu=False)
 
 

@@ -324,6 +324,7 @@ def test_from_disk_to_disk_is_the_same_as_in_memory(
         model=str(tiny_checkpoint),
         output=tmp_path / "small",
         ratio=0.3,
+        method="modegpt",
         calibration=str(text_file),
         samples=6,
         sequence_length=32,
@@ -335,14 +336,14 @@ def test_from_disk_to_disk_is_the_same_as_in_memory(
     source = ModelSource(str(tiny_checkpoint))
     dense, texts = source.model(dtype), read_texts(config, source.tokenizer())
     assert texts.calibration is not None
-    assert texts.evaluation is not None
-    options = {"statistics": statistics, "batch_size": 4, "samples": 6, "sequence_length": 32}
+    (held_out,) = texts.evaluation.values()
+    options = {"method": "modegpt", "statistics": statistics, "batch_size": 4, "samples": 6, "sequence_length": 32}
     compressed = modegpt.compress(dense, ratio=0.3, calibration=texts.calibration, **options)
     assert_equal(load_file(config.output / WEIGHTS_FILE), compressed.state_dict())
     expected = compressed.compression_report
     assert [layer.modules for layer in report.layers] == [layer.modules for layer in expected.layers]
     assert (report.block_parameters, report.bytes) == (expected.block_parameters, expected.bytes)
-    measured = [modegpt.perplexity(model, texts.evaluation, batch_size=4) for model in (dense, compressed)]
+    measured = [modegpt.perplexity(model, held_out, batch_size=4) for model in (dense, compressed)]
     assert report.perplexity is not None
     assert [report.perplexity.dense, report.perplexity.compressed] == pytest.approx(measured, rel=1e-6)
 
