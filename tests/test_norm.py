@@ -27,7 +27,7 @@ from modegpt.layered import resident
 from modegpt.layout import HeadShape
 from modegpt.methods import ModeGPT
 from modegpt.modeling import Family
-from modegpt.modeling.modeling_modegpt import CompactNorm, norm_parts
+from modegpt.modeling.modeling_norm import CompactNorm, norm_parts
 from modegpt.results import Choice
 from modegpt.weights import NormWeights
 
@@ -298,7 +298,7 @@ def of_heads(norm: nn.Module, name: str) -> torch.Tensor | None:
 
 def compact_norm(name: str, norm: nn.Module, kept: torch.Tensor) -> CompactNorm:
     """The ``kept`` (HEADS, k) channels of a stock norm, with all energies one."""
-    compact = CompactNorm(HEADS, kept.shape[-1], norm, HEAD, STOCK[name][2])
+    compact = CompactNorm(HEADS, kept.shape[-1], norm, (HEADS, HEAD), STOCK[name][2])
     compact.reset()
     with torch.no_grad():
         for part in ("weight", "bias"):

@@ -1,16 +1,12 @@
 """What a compression will take, before it starts: memory, disk, arithmetic and time, from the config alone.
 
-Memory, disk and arithmetic follow from the shapes. For the time, one random layer of the model's shape (of a
-smaller one of the same proportions where that would take long) is really run and solved on this machine.
+Memory, disk and arithmetic follow from the shapes; times also from how fast this machine is, see :mod:`modegpt.rates`.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +16,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .activations import Activations
 from .aims import with_ratio
 from .config import HELD_OUT, NONE, ProfileConfig, RunConfig
 from .costs import (
@@ -30,32 +25,26 @@ from .costs import (
     gram_flops,
     head_flops,
     kept_bytes,
-    resized,
     statistics_bytes,
 )
-from .data import PIECE, SAMPLED_AT_ONCE, SELF, TokenWindows
+from .data import PIECE, SAMPLED_AT_ONCE, SELF
 from .errors import InvalidRequest
-from .families import family_of, model_geometry
+from .families import model_geometry
 from .files import existing_parent
 from .journal import left_behind
-from .layered import LayeredModel, resident
-from .layout import HeadShape, expert_count
 from .methods import METHODS
 from .mixture import Mixture
-from .parallel import Workers, processes, processes_here
+from .parallel import processes, processes_here
 from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
-from .progress import Progress
-from .runner import HEAD_POSITIONS, LayerRunner
-from .solving import LayerSolver
+from .rates import Rates, measured_rates
+from .runner import HEAD_POSITIONS
 from .sources import ModelSource, empty_model
-from .statistics import StatisticsCollector, observable
 
 #: Allowance for what PyTorch's kernels and the allocator hold besides tensors.
 OVERHEAD_BYTES = 100_000_000
 #: Allowance for a GPU's context and the libraries' workspaces on it.
 DEVICE_OVERHEAD_BYTES = 700_000_000
 _LITTLE = 0.01
-_PROBE_WIDTH, _PROBE_TOKENS, _PROBE_VOCABULARY, _PROBES = 1024, 2048, 2048, 2
 
 
 class Part(BaseModel):
@@ -171,7 +160,8 @@ def make_plan(
     method.check(model, model_geometry(model, method.geometry), config, _ratio(config))
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
-        plan = plan.model_copy(update={"phases": _phases(config, shape, _probe(config, model, dtype))})
+        rates = measured_rates(config, model, dtype, kept=1 - _ratio(config))
+        plan = plan.model_copy(update={"phases": _phases(config, shape, rates)})
     return config, plan, shape
 
 
@@ -345,17 +335,6 @@ def _share(config: RunConfig, windows: int) -> int:
     return min(windows, math.ceil(batches / processes(config.devices, config.device)) * config.batch_size)
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Operations per second, measured on one layer."""
-
-    forward: float
-    gram: float
-    solve: float
-    head: float
-    sample: float
-
-
 def _evaluated_texts(config: RunConfig) -> int:
     """How many texts perplexity is measured on: each source's held-out part, or one that is named."""
     if config.evaluate != HELD_OUT:
@@ -418,94 +397,6 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     if evaluated:
         phases.append(phase("evaluate", forward=evaluated * (dense + thin), head=evaluated * head))
     return phases
-
-
-def _probe(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype) -> Rates:
-    """How fast this machine is at one random layer of the model's proportions."""
-    real = Sizes.of(model)
-    on_gpu = torch.device(config.device).type == "cuda"  # fast enough for the real width
-    sizes = real if on_gpu else real.scaled(min(1.0, _PROBE_WIDTH / real.hidden))
-    window, kept = min(config.sequence_length, _PROBE_TOKENS), 1 - _ratio(config)
-    method = METHODS[config.method].from_config(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        probe = _one_layer(model, sizes, dtype).to(config.device)  # type: ignore[arg-type]
-        batch = TokenWindows(torch.randint(_PROBE_VOCABULARY, (1, window)))
-    seconds = _time_layer(config, resident(probe), sizes, batch)
-    return Rates(
-        forward=window * forward_flops(sizes, window) / seconds["forward"],
-        # Overlapping measurements can come out the wrong way round on a busy machine.
-        gram=window
-        * gram_flops(sizes, METHODS[config.method].statistics, window)
-        / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
-        solve=sum(method.solve_flops(module, sizes, kept) for module in method.modules) / seconds["solve"],
-        head=window * head_flops(sizes.hidden, _PROBE_VOCABULARY) / seconds["head"],
-        sample=SAMPLED_AT_ONCE
-        * (forward_flops(sizes, 1) + head_flops(sizes.hidden, _PROBE_VOCABULARY))
-        / seconds["sample"],
-    )
-
-
-def _time_layer(config: RunConfig, model: LayeredModel, sizes: Sizes, batch: TokenWindows) -> dict[str, float]:
-    """Run, calibrate and solve the one layer of ``model`` as the engine does; the best seconds of each."""
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def clock(name: str) -> Iterator[None]:
-        _wait(config.device)
-        started = time.perf_counter()
-        yield
-        _wait(config.device)
-        seconds[name] = min(time.perf_counter() - started, seconds.get(name, math.inf))  # the first time warms up
-
-    def rank(full: int) -> int:
-        return max(1, round((1 - _ratio(config)) * full))
-
-    method, family = METHODS[config.method].from_config(config), model.family.description
-    layer, hidden = model.layers[0], Activations(1)
-    heads, experts = HeadShape.of(layer, model.model.config, family), expert_count(layer, family)
-    with observable(model.model), LayerRunner(model, [batch], Workers()).active() as runner:
-        for _ in range(_PROBES):
-            with (
-                clock("calibrate"),
-                (collector := StatisticsCollector(layer, family, heads, method.statistics)).attached(),
-            ):
-                runner.run_layer(0, hidden, keep=False, before=collector.next_batch)
-            with clock("forward"):
-                runner.run_layer(0, hidden)
-            with clock("head"):
-                list(runner.head(0, hidden))
-            hidden.remove()
-    with torch.no_grad():
-        for _ in range(_PROBES):
-            with clock("sample"):
-                model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
-    statistics = collector.result(Workers())
-    of_mlp = statistics.of_expert(0) if experts and "mlp" in method.statistics else statistics
-    enough = config.samples * config.sequence_length >= sizes.intermediate
-    if "mlp" in method.statistics and enough and sizes.intermediate > batch.tokens // (2 * sizes.experts):
-        # Few tokens make the correlation singular, which takes longer to solve; all of them will not.
-        of_mlp["mlp"].diagonal().add_(of_mlp["mlp"].diagonal().mean().clamp_min(1))
-    solver = LayerSolver(model, [], Workers(), Progress())
-    with clock("solve"):
-        for module, shape in method.geometry(layer, model.model.config, family).modules.items():
-            if module != "layer":
-                part = (module, 0 if experts and module == "mlp" else None)
-                solver.ladder(part, method, layer, statistics).at(rank(shape.full))
-    return seconds
-
-
-def _one_layer(model: PreTrainedModel, sizes: Sizes, dtype: torch.dtype) -> PreTrainedModel:
-    """A random model of one layer of these ``sizes``, otherwise configured like ``model``."""
-    config = resized(model.config, family_of(model).description, sizes, vocabulary=_PROBE_VOCABULARY)
-    probe: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
-    probe.eval()
-    return probe
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _gib(count: float) -> str:

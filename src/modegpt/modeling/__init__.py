@@ -12,22 +12,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .modeling_description import Family, head_counts
 from .modeling_inferred import inferred_classes
-from .modeling_modegpt import (
-    COMPRESSED,
-    CompactAttention,
-    Family,
-    LayerSizes,
-    factor_stacks,
-    features,
-    has_experts,
-    head_counts,
-    is_joint,
-    layer_sizes,
-    norm_parts,
-    stack_name,
-    stock_config,
-)
+from .modeling_modegpt import COMPRESSED, CompactAttention, factor_stacks, features, has_experts, stack_name
+from .modeling_norm import is_joint, norm_parts
+from .modeling_sizes import LayerSizes, layer_sizes, stock_config
 
 __all__ = [
     "FAMILIES",

@@ -11,7 +11,8 @@ from typing import Any
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM
 
-from .modeling_modegpt import Family, compressed_classes
+from .modeling_description import Family
+from .modeling_modegpt import compressed_classes
 
 _known: dict[str, Any] = {}
 _triples: dict[str, tuple[Any, Any, Any]] = {}

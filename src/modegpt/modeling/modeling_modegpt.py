@@ -1,6 +1,6 @@
 """A stock Transformers decoder with smaller modules inside: the runtime of a compressed model.
 
-This file, that of the factors and the family file travel with every checkpoint (``auto_map``), so they import
+This file, the four that it imports and the family file travel with every checkpoint (``auto_map``), so they import
 nothing but torch and Transformers. Nothing of the stock model is copied: the decoder, its norms, its
 masks, its rotary embedding and its head stay Transformers' own code. Only the linear maps become
 thinner, and attention learns that queries and keys may be narrower than, or as wide as, values.
@@ -12,12 +12,10 @@ Notation for shapes
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Sequence
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,234 +25,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 
+from .modeling_description import Family, described, head_counts
 from .modeling_factors import factorise
+from .modeling_norm import CompactNorm
+from .modeling_sizes import LayerSizes, layer_sizes, stock_config
 
 #: What the ``model_type`` of a compressed model begins with.
 COMPRESSED = "modegpt_"
 #: Attention kernels that take keys and values of different head size as they are.
 _ANY_HEAD_SIZE = frozenset({"eager", "flex_attention"})
-
-
-def _after_attention(config: Any) -> str | None:
-    return "post_attention_layernorm"
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family of decoders: where it keeps the parts that are compressed, and what is special about them.
-
-    Paths are relative to one decoder layer, except ``layers``, which is relative to the base model, and the names
-    of maps and norms inside the attention module. The defaults are those of Llama.
-    """
-
-    #: The stock causal language model and its base model.
-    causal_lm: type[PreTrainedModel]
-    base: type[PreTrainedModel]
-    #: Models that belong to it, and what is special about it, for people.
-    covers: str = ""
-    special: str = ""
-    layers: str = "layers"
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "o_proj"
-    #: One map for query, key and value, in place of the first three; its outputs are in three blocks or, by group,
-    #: the queries, the key and the value of one key-value head after the other.
-    fused: str | None = None
-    fused_by_group: bool = False
-    #: Norms of query and key between projection and rotary embedding; RMS norms, or layer norms (``centred``).
-    query_norm: str | None = None
-    key_norm: str | None = None
-    norm_centred: bool = False
-    #: The weight of these norms is that much more than the stored one.
-    norm_offset: float = 0.0
-    #: Which two channels the rotary embedding turns into each other: i and i + half of all it turns, or 2i and 2i + 1.
-    rotary: Literal["halves", "neighbours"] | None = "halves"
-    #: Whether only a share of a head's channels rotates, the first ones, as ``partial_rotary_factor`` says.
-    partial_rotary: bool = False
-    #: Which two columns of the cosine and sine tables have the same angle.
-    angles: Literal["halves", "neighbours"] = "halves"
-    #: Attributes of the config: the soft cap of attention logits, the sliding window where the attention module does
-    #: not have it itself, the dropouts of attention weights and, inside the attention module, of its output, and the
-    #: MLP's width.
-    softcap: str | None = None
-    sliding_window: str | None = None
-    dropout: str = "attention_dropout"
-    output_dropout: str | None = None
-    intermediate_size: str = "intermediate_size"
-    #: The maps into the intermediate space, which share one selection; one map can hold both gate and up.
-    mlp_inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    mlp_output: str = "mlp.down_proj"
-    #: The module that holds all experts' weights, in layers that have them in place of the MLP.
-    experts: str | None = None
-    #: The module whose input is the residual stream between attention and MLP; None where the two are parallel.
-    middle: Callable[[Any], str | None] = _after_attention
-    #: Ends of tensors' names, and what checkpoints have there: pieces are concatenated, experts ("*") stacked.
-    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Values of the config without which a model is not supported.
-    requires: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def model_type(self) -> str:
-        """The stock ``model_type``."""
-        return str(self.causal_lm.config_class.model_type)  # type: ignore[union-attr]
-
-    def differences(self) -> dict[str, Any]:
-        """The fields that the compressed model goes by and that differ from Llama's, fit for JSON."""
-        plain = Family(self.causal_lm, self.base)
-        return {name: value for name in _RUNTIME if (value := getattr(self, name)) != getattr(plain, name)}
-
-    @property
-    def input_maps(self) -> tuple[str, ...]:
-        """The names of the linear maps into the attention module: query, key and value, or one for all."""
-        return (self.query, self.key, self.value) if self.fused is None else (self.fused,)
-
-    @property
-    def norms(self) -> tuple[str | None, str | None]:
-        """The names of the norms of query and key."""
-        return self.query_norm, self.key_norm
-
-
-_DENSE_ONLY = {"causal_lm", "base", "covers", "special", "middle", "stored_as", "requires"}
-_RUNTIME = tuple(one.name for one in fields(Family) if one.name not in _DENSE_ONLY)
-
-
-def described(family: Family, differences: Mapping[str, Any]) -> Family:
-    """The description with these :meth:`Family.differences` from Llama's, as they come from JSON."""
-    values = {name: differences[name] for name in _RUNTIME if name in differences}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return Family(family.causal_lm, family.base, **values)
-
-
-def head_counts(config: Any) -> tuple[int, int]:
-    """H query heads and G key-value heads."""
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """The widths of one compressed decoder layer, as ``config.json`` keeps them per layer."""
-
-    intermediate_size: int
-    """Of the MLP, or of each expert."""
-    qk_head_dim: int
-    v_head_dim: int
-    kv_heads: int | None = None
-    """Key-value heads, each with its query heads, of a model whose layers differ in them; given for all or none."""
-    output_biases: bool = False
-    """Whether attention and MLP have a bias at their output even if the family has none."""
-    factor_ranks: Mapping[str, int] | None = None
-    """Of the maps that are two thin ones, by the names of :func:`factor_stacks`; None where no layer has any."""
-
-    @property
-    def head_dim(self) -> int:
-        """The one head size a kernel or serving engine needs when it cannot take two."""
-        return max(self.qk_head_dim, self.v_head_dim)
-
-    def to_config(self) -> dict[str, Any]:
-        """The entry of ``per_layer_config`` for this layer."""
-        optional = {
-            "kv_heads": self.kv_heads,
-            "output_biases": self.output_biases or None,
-            "factor_ranks": None if self.factor_ranks is None else dict(self.factor_ranks),
-        }
-        return {
-            "intermediate_size": self.intermediate_size,
-            "head_dim": self.head_dim,
-            "qk_head_dim": self.qk_head_dim,
-            "v_head_dim": self.v_head_dim,
-            **{name: value for name, value in optional.items() if value is not None},
-        }
-
-
-def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
-    """Read the widths of every layer of a compressed model's ``config``.
-
-    Raises ``ValueError`` naming the layer and field when a width is missing or not a positive integer, and when there
-    are more key-value heads than in the dense model.
-    """
-    sizes = []
-    for index, layer in enumerate(config.per_layer_config):
-        values: dict[str, Any] = {
-            name: getattr(layer, name, None) for name in ("intermediate_size", "qk_head_dim", "v_head_dim")
-        }
-        factors = getattr(layer, "factor_ranks", None)
-        if not isinstance(factors, dict | None):
-            raise ValueError(f"per_layer_config[{index}].factor_ranks is {factors!r}; expected ranks by name")
-        named = {f"factor_ranks[{name!r}]": rank for name, rank in (factors or {}).items()}
-        for name, value in (values | named).items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"per_layer_config[{index}].{name} is {value!r}; expected a positive integer")
-        kv_heads, biases = getattr(layer, "kv_heads", None), getattr(layer, "output_biases", False)
-        groups = head_counts(config)[1]
-        if kv_heads is not None and (type(kv_heads) is not int or not 1 <= kv_heads <= groups):
-            raise ValueError(f"per_layer_config[{index}].kv_heads is {kv_heads!r}; expected 1 to {groups}")
-        if type(biases) is not bool:
-            raise ValueError(f"per_layer_config[{index}].output_biases is {biases!r}; expected true or false")
-        sizes.append(LayerSizes(**values, kv_heads=kv_heads, output_biases=biases, factor_ranks=factors))
-    return sizes
-
-
-def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The dense model's view of ``config``: the same values without the per-layer overrides.
-
-    Stock code reads ``head_dim`` and ``intermediate_size`` from the global config, which Transformers
-    refuses once they differ between layers.
-    """
-    dense = copy.copy(config)
-    dense.per_layer_config = None
-    return dense
-
-
-class CompactNorm(nn.Module):
-    """x_i / sqrt(sum_j e_j x_j^2 / n + eps) w_i + b_i: a norm of ``n`` channels of which only some are there.
-
-    ``energy`` e says for how many of the n channels each one that is there stands; all ones where none is missing.
-    Sums go over one head's channels or, if ``joint``, over all heads'. A layer norm is one of centred channels,
-    and the maps before it do the centring.
-    """
-
-    def __init__(self, heads: int, channels: int, like: Any, dense: tuple[int, int], offset: float) -> None:
-        """For (..., ``heads``, ``channels``) in place of the stock norm ``like`` of ``dense`` heads and channels."""
-        super().__init__()
-        parts = norm_parts(like)
-        first = parts[0]
-        self.offset = offset
-        self.eps = float(first.variance_epsilon if hasattr(first, "variance_epsilon") else first.eps)
-        self.joint = is_joint(like, *dense)
-        self.full = dense[0] * dense[1] if self.joint else dense[1]
-        shape, options = (heads, channels), {"device": first.weight.device, "dtype": first.weight.dtype}
-        self.weight = nn.Parameter(torch.empty(shape, **options))
-        self.energy = nn.Parameter(torch.empty(shape, **options), requires_grad=False)
-        self.bias: nn.Parameter | None = None
-        if getattr(first, "bias", None) is not None:
-            self.bias = nn.Parameter(torch.empty(shape, **options))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, heads, channels) to the same shape, computed in float32."""
-        values = x.float()
-        total = (values.square() * self.energy.float()).sum((-2, -1) if self.joint else -1, keepdim=True)
-        values = values * torch.rsqrt(total / self.full + self.eps) * (self.weight.float() + self.offset)
-        return (values if self.bias is None else values + self.bias.float()).to(x.dtype)
-
-    def reset(self) -> None:
-        """The state of a fresh norm."""
-        init.constant_(self.weight, 1 - self.offset)
-        init.ones_(self.energy)
-        if self.bias is not None:
-            init.zeros_(self.bias)
-
-
-def norm_parts(norm: Any) -> list[Any]:
-    """The norms that a stock query or key norm consists of: itself, or one for each head."""
-    return list(norm.norms) if hasattr(norm, "norms") else [norm]
-
-
-def is_joint(norm: Any, heads: int, head_dim: int) -> bool:
-    """Whether a stock query or key norm takes the mean square of all heads' channels together."""
-    return bool(norm_parts(norm)[0].weight.shape == (heads * head_dim,)) and heads > 1
 
 
 class CompactAttention(nn.Module):

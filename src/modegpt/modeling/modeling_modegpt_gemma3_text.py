@@ -2,7 +2,8 @@
 
 from transformers import Gemma3ForCausalLM, Gemma3TextModel
 
-from .modeling_modegpt import Family, compressed_classes
+from .modeling_description import Family
+from .modeling_modegpt import compressed_classes
 
 FAMILY = Family(
     Gemma3ForCausalLM,

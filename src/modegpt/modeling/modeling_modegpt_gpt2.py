@@ -2,7 +2,8 @@
 
 from transformers import GPT2LMHeadModel, GPT2Model
 
-from .modeling_modegpt import Family, compressed_classes
+from .modeling_description import Family
+from .modeling_modegpt import compressed_classes
 
 FAMILY = Family(
     GPT2LMHeadModel,

@@ -1,0 +1,87 @@
+"""The widths of compressed layers: a part of the runtime of a compressed model, see ``modeling_modegpt.py``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .modeling_description import head_counts
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """The widths of one compressed decoder layer, as ``config.json`` keeps them per layer."""
+
+    intermediate_size: int
+    """Of the MLP, or of each expert."""
+    qk_head_dim: int
+    v_head_dim: int
+    kv_heads: int | None = None
+    """Key-value heads, each with its query heads, of a model whose layers differ in them; given for all or none."""
+    output_biases: bool = False
+    """Whether attention and MLP have a bias at their output even if the family has none."""
+    factor_ranks: Mapping[str, int] | None = None
+    """Of the maps that are two thin ones, by the names of :func:`factor_stacks`; None where no layer has any."""
+
+    @property
+    def head_dim(self) -> int:
+        """The one head size a kernel or serving engine needs when it cannot take two."""
+        return max(self.qk_head_dim, self.v_head_dim)
+
+    def to_config(self) -> dict[str, Any]:
+        """The entry of ``per_layer_config`` for this layer."""
+        optional = {
+            "kv_heads": self.kv_heads,
+            "output_biases": self.output_biases or None,
+            "factor_ranks": None if self.factor_ranks is None else dict(self.factor_ranks),
+        }
+        return {
+            "intermediate_size": self.intermediate_size,
+            "head_dim": self.head_dim,
+            "qk_head_dim": self.qk_head_dim,
+            "v_head_dim": self.v_head_dim,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+
+def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
+    """Read the widths of every layer of a compressed model's ``config``.
+
+    Raises ``ValueError`` naming the layer and field when a width is missing or not a positive integer, and when there
+    are more key-value heads than in the dense model.
+    """
+    sizes = []
+    for index, layer in enumerate(config.per_layer_config):
+        values: dict[str, Any] = {
+            name: getattr(layer, name, None) for name in ("intermediate_size", "qk_head_dim", "v_head_dim")
+        }
+        factors = getattr(layer, "factor_ranks", None)
+        if not isinstance(factors, dict | None):
+            raise ValueError(f"per_layer_config[{index}].factor_ranks is {factors!r}; expected ranks by name")
+        named = {f"factor_ranks[{name!r}]": rank for name, rank in (factors or {}).items()}
+        for name, value in (values | named).items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"per_layer_config[{index}].{name} is {value!r}; expected a positive integer")
+        kv_heads, biases = getattr(layer, "kv_heads", None), getattr(layer, "output_biases", False)
+        groups = head_counts(config)[1]
+        if kv_heads is not None and (type(kv_heads) is not int or not 1 <= kv_heads <= groups):
+            raise ValueError(f"per_layer_config[{index}].kv_heads is {kv_heads!r}; expected 1 to {groups}")
+        if type(biases) is not bool:
+            raise ValueError(f"per_layer_config[{index}].output_biases is {biases!r}; expected true or false")
+        sizes.append(LayerSizes(**values, kv_heads=kv_heads, output_biases=biases, factor_ranks=factors))
+    return sizes
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The dense model's view of ``config``: the same values without the per-layer overrides.
+
+    Stock code reads ``head_dim`` and ``intermediate_size`` from the global config, which Transformers
+    refuses once they differ between layers.
+    """
+    dense = copy.copy(config)
+    dense.per_layer_config = None
+    return dense
