@@ -16,7 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from helpers import compress_arguments, random_text, run_cli
-from modegpt.data import TokenWindows, read_text, tokenize
+from modegpt.config import CompressionConfig
+from modegpt.data import TokenWindows, first_windows, read_text, tokenize
+from modegpt.engine import compress_model
+from modegpt.evaluation import perplexity
 from modegpt.mixture import Cut, Mixture, read_mixture
 from modegpt.report import TextFacts
 
@@ -339,3 +342,39 @@ def test_dense_and_compressed_models_stand_side_by_side(
     values = [f"{100 * row['tasks']['arc_easy']['acc_norm']:.1f}" for row in results["rows"]]
     assert f"| arc_easy | acc_norm | 2 | {' | '.join(values)} |" in table
     assert str(tmp_path) not in table + json.dumps(results)
+
+
+# Gains
+
+
+def test_gains_are_those_of_the_solvers_named(
+    load: Any,
+    tiny_checkpoint: Path,
+    text_file: Path,
+    other_text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing of ours is ``modegpt``, all of ours is ``greedy``, and a second run measures nothing again."""
+    gains = load("gains")
+    monkeypatch.setattr(gains, "STEPS", [step for step in gains.STEPS if step[1] == "uniform"])
+    options = {"--train": text_file, "--test": other_text_file, "--model": tiny_checkpoint, "--samples": 8}
+    options |= {"--test-samples": 2, "--sequence-length": 64, "--output": tmp_path / "gains.json"}
+    monkeypatch.setattr(sys, "argv", ["gains.py", *(str(word) for option in options.items() for word in option)])
+    gains.main()
+    written = json.loads((tmp_path / "gains.json").read_text())
+    found = {", ".join(row["ours"]): row["perplexity"]["test"] for row in written["rows"]}
+    assert len(set(found.values())) == len(found) == 5
+    for method, ours in (("modegpt", ""), ("greedy", "Type I, Type II, Type III")):
+        model, tokenizer = (kind.from_pretrained(tiny_checkpoint) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        train = first_windows(tokenize(tokenizer, text_file.read_text()), 8, 64, what="")
+        test = first_windows(tokenize(tokenizer, other_text_file.read_text()), 2, 64, what="")
+        config = CompressionConfig.validated(ratio=0.3, method=method, statistics="dense", allocation="uniform")
+        assert perplexity(compress_model(model, train, config).model, test) == pytest.approx(found[ours], rel=1e-4)
+    text = (tmp_path / "gains.md").read_text()
+    assert f"| Type I | uniform | {found['Type I']:.2f} |" in text
+    capsys.readouterr()
+    gains.main()
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "gains.json").read_text()) == written
