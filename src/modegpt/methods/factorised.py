@@ -26,7 +26,7 @@ from ..layout import MapShape, expert_count, map_paths, map_shapes
 from ..modeling import Family, LayerSizes, stack_name
 from ..statistics import LayerStatistics, Statistic
 from ..weights import Factors, MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import Ladder, Method, Solution
+from .base import ChannelMethod, Ladder, Solution
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
@@ -111,7 +111,7 @@ class FactorisedLayer(LayerGeometry):
         return replace(self.dense, factor_ranks=ranks)
 
 
-class Factorised(Method):
+class Factorised(ChannelMethod):
     """Truncated decompositions of the maps weighted by a root of some matrix, which is what subclasses differ in."""
 
     statistics = frozenset({"mlp_input", "mlp", "attention_input", "head_outputs"})

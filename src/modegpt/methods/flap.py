@@ -28,7 +28,7 @@ from ..results import Choice
 from ..scores import over_layers
 from ..statistics import LayerStatistics
 from ..weights import HeadWeights, MLPWeights, read_mlp, read_value_output
-from .base import SHARED_ALLOCATIONS, Ladder, Method, Solution
+from .base import SHARED_ALLOCATIONS, HeadMethod, Ladder, OwnAllocation, Solution
 
 if TYPE_CHECKING:
     from ..activations import Activations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 
-class FLAP(Method):
+class FLAP(HeadMethod, OwnAllocation):
     """MLP channels and heads of smallest WIFV_j = Var(x_j) ||W_j||^2 go, and their means join the biases.
 
     An et al., arXiv 2312.11983: the metric (:func:`modegpt.decompositions.fluctuation`), summed over the channels of a
@@ -52,15 +52,9 @@ class FLAP(Method):
 
     name = "flap"
     summary = "MLP channels and whole heads that vary least go, and a bias takes their mean's place"
-    modules = ("mlp", "heads")
     allocation = "own"
     allocations = (*SHARED_ALLOCATIONS, "own")
     statistics = frozenset({"mlp_moments", "head_outputs_moments"})
-
-    @classmethod
-    def from_config(cls, config: CompressionConfig) -> FLAP:
-        """No option concerns it."""
-        return cls()
 
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """Channels and heads, and two more biases where there are none."""
