@@ -8,14 +8,15 @@ Both use the same windows and differ in nothing else. Writes ``results/precision
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
+from transformers import PreTrainedModel
 
 from modegpt import CompressionConfig, perplexity
-from modegpt.data import first_windows, read_text, tokenize
+from modegpt.data import TokenWindows, first_windows, read_text, tokenize
 from modegpt.engine import compress_model
 from modegpt.sources import ModelSource
 from modegpt.statistics import GramSum
@@ -43,7 +44,6 @@ def main() -> None:
     train = first_windows(tokenize(tokenizer, read_text(str(arguments.train))), arguments.samples, length, what="TRAIN")
     test_ids = tokenize(tokenizer, read_text(str(arguments.test), evaluation=True))
     test = first_windows(test_ids, arguments.test_samples, length, what="TEST")
-    add = GramSum.add
 
     results: dict[str, Any] = header(parser, arguments, ("model", "train", "test", "output"))
     results["command"] += f" {arguments.model.name} {arguments.train.name} {arguments.test.name}"
@@ -54,28 +54,28 @@ def main() -> None:
             ratio=arguments.ratio, method="modegpt", statistics=statistics, allocation=allocation
         )
         for products in ("float32", "float64"):
-            doubled = patch.object(GramSum, "add", lambda self, x: add(self, x.double()))
-            if products == "float64":
-                doubled.start()
-            compressed = compress_model(model, train, config)
-            if products == "float64":
-                doubled.stop()
-            kept = [torch.tensor(layer.modules["mlp"].kept) for layer in compressed.layers]
-            results["rows"].append(
-                {
-                    "statistics": statistics,
-                    "allocation": allocation,
-                    "products": products,
-                    "perplexity": round(perplexity(compressed.model, test), 4),
-                    "kept_mlp_channels": [channels.tolist() for channels in kept],
-                }
-            )
+            row = {"statistics": statistics, "allocation": allocation, "products": products}
+            results["rows"].append(row | measured(model, train, test, config, products))
             print(statistics, allocation, products, results["rows"][-1]["perplexity"], flush=True)
     for row in results["rows"]:
         row["kept_mlp_channels_shared"] = shared(row, results["rows"])
     for row in results["rows"]:
         del row["kept_mlp_channels"]
     write(results, arguments.output, report(results))
+
+
+def measured(
+    model: PreTrainedModel, train: TokenWindows, test: TokenWindows, config: CompressionConfig, products: str
+) -> dict[str, Any]:
+    """Perplexity and kept channels of a compression whose statistics are sums of such ``products``."""
+    add = GramSum.add
+    doubled = patch.object(GramSum, "add", lambda self, x: add(self, x.double()))
+    with doubled if products == "float64" else nullcontext():
+        compressed = compress_model(model, train, config)
+    return {
+        "perplexity": round(perplexity(compressed.model, test), 4),
+        "kept_mlp_channels": [layer.modules["mlp"].kept for layer in compressed.layers],
+    }
 
 
 def shared(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:

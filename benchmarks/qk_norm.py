@@ -31,7 +31,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from modegpt.budget import LayerRanks
 from modegpt.data import TokenWindows, first_windows, read_text, tokenize
@@ -63,6 +63,36 @@ Calls = list[tuple[torch.Tensor, torch.Tensor]]
 
 def main() -> None:
     """Measure every row and write the results."""
+    parser = make_parser()
+    arguments = parser.parse_args()
+    source = ModelSource(arguments.model)
+    stock, tokenizer = source.model("float32"), source.tokenizer()
+    train, steps, test = windows(tokenizer, arguments)
+    results: dict[str, Any] = header(parser, arguments, ("model", "train", "test", "output"))
+    results["command"] += f" --train {Path(arguments.train).name} --test {Path(arguments.test).name}"
+    results |= facts(arguments, train, test) | {"stock_perplexity": round(perplexity(stock, test), 4)}
+    model = with_norms(stock, train)
+    results["untrained_perplexity"] = round(perplexity(model, test), 4)
+    print({name: results[name] for name in ("stock_perplexity", "untrained_perplexity")}, flush=True)
+    results["learning"] = {
+        "tokens": steps.tokens,
+        "sha256": steps.sha256(),
+        "steps": arguments.steps,
+        "learning_rate": arguments.learning_rate,
+        "divergence": learn(model, stock, steps, arguments.steps, arguments.learning_rate),
+    }
+    results["dense_perplexity"] = round(perplexity(model, test), 4)
+    print({name: results[name] for name in ("learning", "dense_perplexity")}, flush=True)
+    results["rows"] = []
+    for share in arguments.shares:
+        for row in measured(model, train, test, share, results["dense_perplexity"]):
+            results["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            write(results, arguments.output, report(results))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", default="wikitext2")
     parser.add_argument("--test", default="wikitext2")
@@ -76,19 +106,25 @@ def main() -> None:
     parser.add_argument("--step-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=RESULTS / "qk_norm.json")
-    arguments = parser.parse_args()
+    return parser
 
-    source = ModelSource(arguments.model)
-    stock, tokenizer = source.model("float32"), source.tokenizer()
+
+def windows(
+    tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> tuple[TokenWindows, TokenWindows, TokenWindows]:
+    """What calibrates, what is learnt from after that, and what is measured on."""
     length = arguments.sequence_length
     train_ids = tokenize(tokenizer, read_text(arguments.train))
     train = first_windows(train_ids, arguments.samples, length, what="--train")
+    rest = train_ids.flatten()[train.ids.numel() :]
+    steps = first_windows(rest, arguments.steps * arguments.step_samples, arguments.step_length, what="--train")
     test_ids = tokenize(tokenizer, read_text(arguments.test, evaluation=True))
-    test = first_windows(test_ids, arguments.test_samples, length, what="--test")
+    return train, steps, first_windows(test_ids, arguments.test_samples, length, what="--test")
 
-    results: dict[str, Any] = header(parser, arguments, ("model", "train", "test", "output"))
-    results["command"] += f" --train {Path(arguments.train).name} --test {Path(arguments.test).name}"
-    results |= {
+
+def facts(arguments: argparse.Namespace, train: TokenWindows, test: TokenWindows) -> dict[str, Any]:
+    """What the results are of."""
+    return {
         "model": Path(arguments.model).name,
         "model_sha256": hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest(),
         "dtype": "float32",
@@ -96,42 +132,22 @@ def main() -> None:
         "random_choices": "none: all windows are the first of each text, in their order",
         "calibration": TextFacts.of(Path(arguments.train).name, train).model_dump(),
         "test": TextFacts.of(Path(arguments.test).name, test).model_dump(),
-        "stock_perplexity": round(perplexity(stock, test), 4),
     }
-    model = with_norms(stock, train)
-    results["untrained_perplexity"] = round(perplexity(model, test), 4)
-    print({name: results[name] for name in ("stock_perplexity", "untrained_perplexity")}, flush=True)
-    rest = train_ids.flatten()[train.ids.numel() :]
-    steps = first_windows(rest, arguments.steps * arguments.step_samples, arguments.step_length, what="--train")
-    results["learning"] = {
-        "tokens": steps.tokens,
-        "sha256": steps.sha256(),
-        "steps": arguments.steps,
-        "learning_rate": arguments.learning_rate,
-        "divergence": learn(model, stock, steps, arguments.steps, arguments.learning_rate),
-    }
-    results["dense_perplexity"] = round(perplexity(model, test), 4)
-    print({name: results[name] for name in ("learning", "dense_perplexity")}, flush=True)
 
-    results["rows"] = []
-    for share in arguments.shares:
-        started = time.perf_counter()
-        compressed, calls = compress(model, train, share)
-        print(f"{share:.0%}: compressed in {time.perf_counter() - started:.0f} s", flush=True)
-        errors = mean_square_errors(model, calls, test)
-        for treatment in TREATMENTS:
-            with treated(compressed, model, calls, treatment):
-                measured = perplexity(compressed, test)
-            row = {
-                "kept_pairs": share,
-                "treatment": treatment,
-                "perplexity": round(measured, 4),
-                "dense_perplexity": results["dense_perplexity"],
-                **errors.get(treatment, {}),
-            }
-            results["rows"].append(row)
-            print(json.dumps(row), flush=True)
-            write(results, arguments.output, report(results))
+
+def measured(
+    model: PreTrainedModel, train: TokenWindows, test: TokenWindows, share: float, dense: float
+) -> Iterator[dict[str, Any]]:
+    """A row for every treatment, with this ``share`` of the rotary pairs."""
+    started = time.perf_counter()
+    compressed, calls = compress(model, train, share)
+    print(f"{share:.0%}: compressed in {time.perf_counter() - started:.0f} s", flush=True)
+    errors = mean_square_errors(model, calls, test)
+    for treatment in TREATMENTS:
+        with treated(compressed, model, calls, treatment):
+            found = perplexity(compressed, test)
+        row = {"kept_pairs": share, "treatment": treatment, "perplexity": round(found, 4), "dense_perplexity": dense}
+        yield row | errors.get(treatment, {})
 
 
 @contextmanager

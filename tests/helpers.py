@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modegpt import cli
+from modegpt.config import RunConfig
 from modegpt.data import TokenWindows
+from modegpt.journal import Journal, work_directory
+from modegpt.pipeline import compress_to_directory
+from modegpt.report import CompressionReport
 
 
 def tiny_llama(*, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -145,3 +150,23 @@ def snapshot(*directories: Path) -> dict[str, str]:
     """Every path under ``directories``, hidden ones too, with a hash of what files hold."""
     paths = [path for directory in directories for path in sorted(directory.rglob("*"))]
     return {str(path): sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in paths}
+
+
+def compress_interrupted(config: RunConfig) -> CompressionReport:
+    """Compress a model of three layers, interrupted after the second: no layer is kept twice, and nothing stays."""
+    keep_layer, kept = Journal.keep_layer, []
+
+    def keep(self: Journal, index: int, *arguments: Any) -> None:
+        keep_layer(self, index, *arguments)
+        kept.append(index)
+        if kept == [0, 1]:
+            raise KeyboardInterrupt
+
+    with patch.object(Journal, "keep_layer", keep):
+        with pytest.raises(KeyboardInterrupt):
+            compress_to_directory(config)
+        assert work_directory(config.output).is_dir()
+        report = compress_to_directory(config)
+    assert kept == [0, 1, 2]
+    assert not work_directory(config.output).exists()
+    return report

@@ -161,14 +161,19 @@ def test_parquet_without_a_text_column_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_files_of_known_kinds_are_sources(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    check_source(str(tmp_path / name), option="--evaluate")
+    path = tmp_path / name
+    with pytest.raises(InvalidRequest, match="no such file"):
+        check_source(str(path), option="--evaluate")
+    path.touch()
+    check_source(str(path), option="--evaluate")
 
 
-def test_named_sources_need_no_file() -> None:
-    for name in HUB_DATASETS:
-        check_source(name, option="--evaluate")
-    check_source("self", option="--calibration", allow_self=True)
+@pytest.mark.parametrize("name", [*HUB_DATASETS, "self"])
+def test_named_sources_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidRequest, match="no such file"):
+        check_source(f"{name}.", option="--calibration", allow_self=True)
+    check_source(name, option="--calibration", allow_self=True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from modegpt.decompositions import cr_decomposition, nystrom_decomposition, svd_
 from modegpt.engine import Compression, Engine, compress_model
 from modegpt.families import decoder_layers, family_of, model_geometry
 from modegpt.layered import resident
-from modegpt.methods import ModeGPT
+from modegpt.methods import METHODS, ModeGPT
 from modegpt.results import Choice
+from modegpt.runner import LayerRunner
 
 RIDGE = 1e-4
 FULL = LayerRanks(mlp=48, qk=4, vo=8)
@@ -41,6 +43,19 @@ def compress_to(
 def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
     with torch.no_grad():
         return model(windows(seed=2).ids if ids is None else ids).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_run_only_where_something_is_gathered(method: str) -> None:
+    """In the layer loop; what ranks are chosen by may have taken runs before."""
+    config = CompressionConfig.validated(method=method, ratio=0.3)
+    own, engine = METHODS[method].from_config(config), Engine(resident(tiny_llama()), windows(), 2)
+    with engine.active():
+        choice = engine.choose_ranks(config)
+        with patch.object(LayerRunner, "run_layer", autospec=True, side_effect=LayerRunner.run_layer) as run:
+            engine.compress(own, choice, sequential=config.statistics == "sequential")
+    known = config.allocation == "sensitivity"  # a profile leaves the statistics behind
+    assert run.called == bool(own.statistics and not known)
 
 
 @pytest.mark.parametrize("sequential", [True, False])

@@ -30,7 +30,8 @@ def test_a_matrix_of_known_singular_values() -> None:
 def test_errors_are_the_objective_at_every_rank(inputs: int, widths: tuple[int, ...], kind: str) -> None:
     maps = [randn(inputs, width, seed=width) for width in widths]
     gram = (x := mixed(40, inputs)).mT @ x
-    root = {"plain": None, "scaled": activation_scales(gram, RIDGE), "whitened": whitening(gram, RIDGE)}[kind]
+    scales = activation_scales(gram.diagonal(), RIDGE)
+    root = {"plain": None, "scaled": scales, "whitened": whitening(gram, RIDGE)}[kind]
     whole = torch.cat(maps, dim=1)
     found = low_rank(maps, 100, root)
     assert len(found.errors) == min(inputs, sum(widths)) + 1
@@ -70,14 +71,12 @@ def test_no_perturbation_of_the_factors_is_better() -> None:
 def test_each_method_is_best_by_its_own_objective(seed: int) -> None:
     x, weight = mixed(60, 10, seed=seed), randn(10, 14, seed=seed + 50)
     gram = x.mT @ x
-    plain, scaled, whitened = (
-        low_rank([weight], 6, root) for root in (None, activation_scales(gram, RIDGE), whitening(gram, RIDGE))
-    )
-    scales = activation_scales(gram, RIDGE)[:, None]
+    scales = activation_scales(gram.diagonal(), RIDGE)
+    plain, scaled, whitened = (low_rank([weight], 6, root) for root in (None, scales, whitening(gram, RIDGE)))
     for rank in range(1, 7):
         differences = [weight - product(found, rank) for found in (plain, scaled, whitened)]
         of_weights, of_outputs = [squared(one) for one in differences], [squared(x @ one) for one in differences]
-        of_scaled = [squared(scales * one) for one in differences]
+        of_scaled = [squared(scales[:, None] * one) for one in differences]
         assert of_weights[0] == min(of_weights)
         assert of_scaled[1] == min(of_scaled)
         assert of_outputs[2] == min(of_outputs) < of_outputs[0]
@@ -142,18 +141,18 @@ def test_whitening_where_rounding_outweighs_the_ridge() -> None:
 def test_a_layer_that_was_never_used_is_truncated_as_without_data() -> None:
     weight, nothing = randn(6, 5), torch.zeros(6, 6, dtype=torch.float64)
     plain = product(low_rank([weight], 2), 2)
-    for root in (activation_scales(nothing, 1e-4), whitening(nothing, 1e-4)):
+    for root in (activation_scales(nothing.diagonal(), 1e-4), whitening(nothing, 1e-4)):
         assert torch.allclose(product(low_rank([weight], 2, root), 2), plain)
 
 
 def test_scales_are_powers_of_the_root_mean_square() -> None:
     x = mixed(30, 5)
-    gram = x.mT @ x
-    sizes = (gram.diagonal() / 30).sqrt()
-    scales = activation_scales(gram, 1e-12)
+    energy = x.square().sum(0)
+    sizes = (energy / 30).sqrt()
+    scales = activation_scales(energy, 1e-12)
     assert torch.allclose(scales / scales[0], (sizes / sizes[0]).sqrt())
-    assert torch.allclose(activation_scales(gram, 1e-12, alpha=1.0), gram.diagonal().sqrt())
-    assert bool((activation_scales(torch.diag(torch.tensor([4.0, 0.0]).double()), 1e-4) > 0).all())
+    assert torch.allclose(activation_scales(energy, 1e-12, alpha=1.0), energy.sqrt())
+    assert bool((activation_scales(torch.tensor([4.0, 0.0]).double(), 1e-4) > 0).all())
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "expected"), [(4096, 4096, 2048), (4096, 8192, 2730), (1, 7, 0)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modegpt
 from helpers import Outcome, compress_arguments, run_cli
@@ -201,13 +201,21 @@ def test_text_of_the_models_own_is_held_out_where_there_is_no_other(tokenizer: P
 
 
 @pytest.fixture(scope="module")
-def run(
-    tiny_checkpoint: Path, text_file: Path, other_text_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Outcome, Path]:
-    """Two files and text of the model's own, on the command line."""
+def text(text_file: Path, other_text_file: Path) -> str:
+    """Two files and text of the model's own."""
+    return f"{text_file}:0.5,self:0.2,{other_text_file}:0.3"
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_checkpoint: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """The mixture on the command line."""
     output = tmp_path_factory.mktemp("mixture") / "small"
     options = ("--samples", 10, "--evaluation-samples", 2, "--seed", 3)
-    text = f"{text_file}:0.5,self:0.2,{other_text_file}:0.3"
     outcome = run_cli(*compress_arguments(tiny_checkpoint, output, text, *options))
     assert outcome.code == 0, outcome.err
     return outcome, output
@@ -218,10 +226,10 @@ def report_of(run: tuple[Outcome, Path]) -> Any:
 
 
 def test_the_report_says_how_many_windows_of_each(
-    run: tuple[Outcome, Path], text_file: Path, other_text_file: Path
+    run: tuple[Outcome, Path], text: str, text_file: Path, other_text_file: Path
 ) -> None:
     report = report_of(run)
-    assert report["calibration"]["source"] == f"{text_file}:0.5,self:0.2,{other_text_file}:0.3"
+    assert report["calibration"]["source"] == text
     assert report["calibration"]["windows"] == 10
     assert report["calibration"]["mixture"] == {str(text_file): 5, "self": 2, str(other_text_file): 3}
     assert report["evaluation"]["mixture"] == {str(text_file): 2, str(other_text_file): 2}
@@ -229,7 +237,7 @@ def test_the_report_says_how_many_windows_of_each(
 
 def test_perplexity_is_that_of_each_text_and_of_all(
     run: tuple[Outcome, Path],
-    tiny_checkpoint: Path,
+    dense: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text_file: Path,
     other_text_file: Path,
@@ -239,7 +247,7 @@ def test_perplexity_is_that_of_each_text_and_of_all(
         str(path): split_held_out(tokenize(tokenizer, path.read_text()), 32)[1][: 2 * 32].view(2, 32)
         for path in (text_file, other_text_file)
     }
-    models = {"dense": AutoModelForCausalLM.from_pretrained(tiny_checkpoint), "compressed": modegpt.load(run[1])}
+    models = {"dense": dense, "compressed": modegpt.load(run[1])}
     for kind, model in models.items():
         for name, ids in held_out.items():
             assert report["perplexities"][name][kind] == pytest.approx(modegpt.perplexity(model, TokenWindows(ids)))
@@ -258,14 +266,8 @@ def test_the_summary_has_a_line_for_each_text(
 
 
 def test_in_memory_it_is_the_same_mixture(
-    run: tuple[Outcome, Path],
-    tiny_checkpoint: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    text_file: Path,
-    other_text_file: Path,
+    run: tuple[Outcome, Path], dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> None:
-    dense = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    text = f"{text_file}:0.5,self:0.2,{other_text_file}:0.3"
     options = {"ratio": 0.3, "samples": 10, "sequence_length": 32, "seed": 3}
     report = modegpt.compress(dense, tokenizer, calibration=text, **options).compression_report
     assert report.calibration.mixture == report_of(run)["calibration"]["mixture"]

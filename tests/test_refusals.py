@@ -199,18 +199,20 @@ def test_an_unknown_text_is_refused_with_the_known_ones(refuse_options: Refuse, 
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "words"),
     [
-        ("damaged.txt.gz", gzip.compress(b"text" * 100)[:-9]),
-        ("latin1.txt", b"\xe4\xf6\xfc"),
-        ("broken.jsonl", b"{"),
-        ("other.jsonl", b'{"title": "x"}'),
+        ("damaged.txt.gz", gzip.compress(b"text" * 100)[:-9], "damaged.txt.gz"),
+        ("latin1.txt", b"\xe4\xf6\xfc", "latin1.txt"),
+        ("broken.jsonl", b"{", "broken.jsonl"),
+        ("other.jsonl", b'{"title": "x"}', "a record needs a 'text'"),
     ],
 )
-def test_an_unreadable_text_is_refused(refuse_options: Refuse, tmp_path: Path, name: str, content: bytes) -> None:
+def test_an_unreadable_text_is_refused(
+    refuse_options: Refuse, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
     (tmp_path / name).write_bytes(content)
-    refuse_options("--calibration", tmp_path / name)
-    refuse_options("--evaluate", tmp_path / name)
+    assert words in refuse_options("--calibration", tmp_path / name)
+    assert words in refuse_options("--evaluate", tmp_path / name)
 
 
 def test_the_calibration_text_is_no_evaluation_text(refuse_options: Refuse, text_file: Path, tmp_path: Path) -> None:
@@ -268,7 +270,8 @@ def test_text_in_place_of_a_name_is_refused(
     names = {"--calibration": text_file, "--output": tmp_path / "small", "MODEL": tiny_checkpoint}
     names |= {option: Path("long " * 1000)}
     command = compress_arguments(names["MODEL"], names["--output"], names["--calibration"], "--quiet")
-    refuse(*command, *(["--evaluate", names["--evaluate"]] if option == "--evaluate" else []))
+    line = refuse(*command, *(["--evaluate", names["--evaluate"]] if option == "--evaluate" else []))
+    assert line.startswith(f"modegpt: {'--model' if option == 'MODEL' else option} ")
 
 
 def test_windows_longer_than_the_models_positions_are_refused(refuse_options: Refuse) -> None:
@@ -336,7 +339,7 @@ def test_a_config_that_gives_no_model_is_refused(
     refuse_model: Refuse, checkpoint_copy: Path, values: dict[str, object]
 ) -> None:
     edit_config(checkpoint_copy, **values)
-    refuse_model(checkpoint_copy)
+    assert re.search("MODEL .*: its config (cannot be read|describes no model): ", refuse_model(checkpoint_copy))
 
 
 def remove(name: str) -> Callable[[Path], object]:

@@ -847,6 +847,17 @@ def test_perplexities_of_a_mixture_are_not_measured_again(runs: Runs, here: Path
     runs.check(here, mixed)
 
 
+def test_nothing_is_sampled_for_a_checkpoint_in_its_place(
+    runs: Runs, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run before was interrupted while it removed its journal, of which the windows were first."""
+    (runs.interrupt(here, SELF, IN_PLACE, ".") / "windows.safetensors").unlink()
+    monkeypatch.setattr(pipeline, "sample_from_model", Mock(side_effect=AssertionError("sampled again")))
+    outcome = run_cli(*(argument for argument in runs.command(*SELF) if argument != "--quiet"))
+    assert (outcome.code, "Going on" in outcome.err) == (0, False)
+    runs.check(here, SELF)
+
+
 def test_half_written_windows_are_sampled_again(runs: Runs, here: Path) -> None:
     runs.interrupt(here, SELF, "write .*windows.safetensors")
     assert go_on(runs, SELF).outcome == Outcome(0, "", "")

@@ -156,6 +156,20 @@ def head_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) ->
     return replace(channels, modules={"mlp": channels.modules["mlp"], "heads": heads})
 
 
+def biased_head_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
+    """The same where attention and the MLP get a bias at their output if they have none; not with experts."""
+    result = head_geometry(layer, config, family)
+    if expert_count(layer, family):
+        return result
+    assert result.dense is not None
+    down, bias = linear(layer, family.mlp_output)
+    added = down.shape[1] if bias is None else 0
+    output, bias = linear(layer, f"{family.attention}.{family.output}")
+    _, value_bias = linear(layer, f"{family.attention}.{family.input_maps[-1]}")
+    added += output.shape[1] if bias is None and value_bias is None else 0
+    return replace(result, extra=result.extra + added, dense=replace(result.dense, output_biases=True))
+
+
 def whole_geometry(layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
     """The same where the layer stays or goes as a whole."""
     channels = layer_geometry(layer, config, family)

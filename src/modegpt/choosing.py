@@ -19,7 +19,7 @@ from .budget import (
     whole,
 )
 from .config import CompressionConfig
-from .methods import METHODS
+from .methods import METHODS, OwnAllocation
 from .results import Choice, Profile
 from .scores import outlier_shares
 
@@ -38,6 +38,7 @@ def choose_ranks(
     geometry = engine.geometry(method)
     method.check(engine.dense.model, geometry, config, config.ratio or 0.0)
     if config.allocation == "own":
+        assert isinstance(method, OwnAllocation)
         assert config.ratio is not None
         return method.choose(engine, config, config.ratio)
     if config.allocation == "sensitivity":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect as introspection
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -131,45 +131,58 @@ def _carry_out(work: Callable[..., _Result], config: _Config, quiet: bool) -> _R
         raise SystemExit(130) from None
 
 
-@app.command()
-def profile(
-    model: Annotated[str, typer.Argument(help=_help("model"), metavar="MODEL")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the profile.", rich_help_panel=_WHAT)],
-    modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
-    method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
-    ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
-    joint_only: Annotated[bool, typer.Option("--joint-only", help=_help("joint_only"), rich_help_panel=_HOW)] = False,
-    calibration: Annotated[str, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = CALIBRATION,
-    samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
-    sequence_length: Annotated[int, typer.Option(help=_help("sequence_length"), rich_help_panel=_TEXT)] = 2048,
-    seed: Annotated[int, typer.Option(help=_help("seed"), rich_help_panel=_TEXT)] = _default("seed"),
-    dtype: Annotated[str, typer.Option(help=_help("dtype"), rich_help_panel=_RUN)] = _default("dtype"),
-    device: Annotated[str, typer.Option(help=_help("device"), rich_help_panel=_RUN)] = _default("device"),
-    batch_size: Annotated[int, typer.Option(help=_help("batch_size"), rich_help_panel=_RUN)] = _default("batch_size"),
-    devices: Annotated[str, typer.Option(help=_help("devices"), rich_help_panel=_RUN)] = "1",
-    offload_folder: Annotated[Path | None, typer.Option(help=_help("offload_folder"), rich_help_panel=_RUN)] = None,
-    restart: Annotated[bool, typer.Option("--restart", help=_help("restart"), rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an earlier profile in the output directory.", rich_help_panel=_RUN),
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=_help("trust_remote_code"), rich_help_panel=_RUN)
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=_RUN)] = False,
-) -> None:
+def _with_options_of_compress(command: Callable[..., None], but: Collection[str] = (), **changed: Any) -> None:
+    """Add ``command`` with the options of ``compress``, ``but`` for some.
+
+    Of others something is ``changed``, given as :meth:`inspect.Parameter.replace` takes it.
+    """
+    signature = introspection.signature(compress, eval_str=True)
+    options = [
+        option.replace(**changed.get(name, {})) for name, option in signature.parameters.items() if name not in but
+    ]
+    options.sort(key=lambda option: option.default is not option.empty)  # what is required comes first
+    vars(command)["__signature__"] = signature.replace(parameters=options)
+    command.__annotations__ = {option.name: option.annotation for option in options}
+    app.command()(command)
+
+
+def profile(**arguments: Any) -> None:
     """Measure once what every part of MODEL is worth; `compress --profile-from` then gives any size without text.
 
     Example: **modegpt profile HuggingFaceTB/SmolLM2-135M --output profile**
     """
-    arguments = {name: value for name, value in locals().items() if name != "quiet"}
     from .console import say
     from .parallel import first_process
     from .pipeline import profile_to_directory
 
+    quiet = arguments.pop("quiet")
     _carry_out(profile_to_directory, _run_config(arguments, ProfileConfig), quiet)
     if not quiet and first_process():
-        say(Console(), f"Profile: {output}")
+        say(Console(), f"Profile: {arguments['output']}")
+
+
+_with_options_of_compress(
+    profile,
+    but=(
+        *("ratio", "target_parameters", "target_size", "max_perplexity_increase", "ratio_of", "layers", "align"),
+        *("allocation", "temperature", "owl_threshold", "owl_reach", "statistics"),
+        *("profile_from", "evaluate", "evaluation_samples"),
+    ),
+    output={
+        "annotation": Annotated[
+            Path, typer.Option("--output", "-o", help="Directory for the profile.", rich_help_panel=_WHAT)
+        ]
+    },
+    calibration={"default": CALIBRATION},
+    overwrite={
+        "annotation": Annotated[
+            bool,
+            typer.Option(
+                "--overwrite", help="Replace an earlier profile in the output directory.", rich_help_panel=_RUN
+            ),
+        ]
+    },
+)
 
 
 @app.command()
@@ -218,21 +231,8 @@ def plan(**arguments: Any) -> None:
     check_plan(predicted, config, shape)
 
 
-def _as_plan() -> None:
-    """Give ``plan`` the options of ``compress``; where the output goes is not needed."""
-    signature = introspection.signature(compress, eval_str=True)
-    parameters = [
-        parameter.replace(default=Path("compressed")) if name == "output" else parameter
-        for name, parameter in signature.parameters.items()
-    ]
-    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
-    optional = [parameter for parameter in parameters if parameter.default is not parameter.empty]
-    vars(plan)["__signature__"] = signature.replace(parameters=required + optional)
-    plan.__annotations__ = compress.__annotations__
-    app.command()(plan)
-
-
-_as_plan()
+# Where the output goes is not needed.
+_with_options_of_compress(plan, output={"default": Path("compressed")})
 
 
 @app.command()

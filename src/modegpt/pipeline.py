@@ -77,10 +77,7 @@ def compress_to_directory(
     An interrupted run of the same config goes on where it was. Under ``torchrun`` the processes share the work.
     ``command`` is what the report says to repeat it with; without, this call. ``show`` is called with the plan.
     """
-    request = check_request(config, timed=show is not None)
-    if show is not None:
-        show(request.plan)
-    with workers(request.config.device) as crew, _opened(request, progress, crew) as run:
+    with _begun(config, progress, show) as run:
         return _compress(run, command)
 
 
@@ -155,6 +152,18 @@ class _Run:
     engine: Engine
     journal: Journal | None
     """The first worker's."""
+    published: bool
+    """Whether the checkpoint is in its place already; the texts are then as they were read."""
+
+
+@contextmanager
+def _begun(config: RunConfig, progress: Progress | None, show: Callable[[Plan], object] | None) -> Iterator[_Run]:
+    """Refuse what is wrong with ``config``, show the plan, and open the run with the other processes."""
+    request = check_request(config, timed=show is not None)
+    if show is not None:
+        show(request.plan)
+    with workers(request.config.device) as crew, _opened(request, progress, crew) as run:
+        yield run
 
 
 @contextmanager
@@ -168,10 +177,12 @@ def _opened(request: Request, progress: Progress | None, crew: Workers) -> Itera
         dense = source.streamed(request.model_config, config.dtype, config.device)
     check_model(dense.model, loaded=False)
     with _journal(request, texts, crew) as journal:
-        if journal is not None and journal.starts > 1:
-            again = f"; done again because damaged: {', '.join(map(str, journal.broken))}" if journal.broken else ""
-            progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
-        texts = _sampled(request, texts, journal, crew, progress)
+        done = crew.tell(journal is not None and published(config.output))
+        if not done:
+            if journal is not None and journal.starts > 1:
+                again = f"; done again because damaged: {', '.join(map(str, journal.broken))}" if journal.broken else ""
+                progress.note(f"Going on with an interrupted run: {len(journal.finished)} layers are finished{again}")
+            texts = _sampled(request, texts, journal, crew, progress)
         engine = Engine(
             dense,
             texts.calibration,
@@ -183,12 +194,12 @@ def _opened(request: Request, progress: Progress | None, crew: Workers) -> Itera
             kept=request.kept,
         )
         with engine.active():
-            yield _Run(request, texts, engine, journal)
+            yield _Run(request, texts, engine, journal, done)
 
 
 def _compress(run: _Run, command: str | None) -> CompressionReport:
     config, engine, journal, texts = run.request.config, run.engine, run.journal, run.texts
-    if engine.workers.tell(journal is not None and published(config.output)):
+    if run.published:
         report = CompressionReport.read(config.output)
         if journal is not None:
             journal.remove()
@@ -220,10 +231,8 @@ def profile_to_directory(
 
     Refusals, ``command`` and ``show`` as for :func:`compress_to_directory`.
     """
-    request = check_request(config, timed=show is not None)
-    if show is not None:
-        show(request.plan)
-    with workers(request.config.device) as crew, _opened(request, progress, crew) as run:
+    with _begun(config, progress, show) as run:
+        request = run.request
         run.engine.profile(request.config)
         origin = Origin(
             command=command or f"modegpt.profile_to_directory({config!r})",

@@ -153,11 +153,14 @@ class Capture:
 
     @property
     def value(self) -> torch.Tensor:
+        """What was kept; something has to have run."""
         assert self._value is not None
         return self._value
 
     @contextmanager
     def attached(self) -> Iterator[None]:
+        """Keep what passes within this context."""
+
         def capture(_: nn.Module, args: tuple[torch.Tensor, ...], output: Any) -> None:
             found = output if self._outputs else args
             self._value = found[0] if isinstance(found, tuple) else found

@@ -150,13 +150,7 @@ class LayerSolver:
         weights = self._read(part, layer)
         if expert is not None:
             statistics = _for_expert(statistics, expert, weights)
-        solvers: dict[Module, Callable[[Any, LayerStatistics], Ladder[Any]]] = {
-            "mlp": method.mlp,
-            "qk": method.query_key,
-            "vo": method.value_output,
-            "heads": method.heads,
-        }
-        return solvers[module](weights, statistics)
+        return method.solvers()[module](weights, statistics)
 
     def _read(self, part: Part, layer: nn.Module) -> Any:
         """The dense weights of a part."""

@@ -182,6 +182,7 @@ def _observing(implementation: str) -> str:
         attention_mask: torch.Tensor | None,
         **options: Any,
     ) -> Any:
+        """As Transformers calls an attention function."""
         if (observer := _observers.get(module)) is not None:
             observer(query, key, attention_mask, options)
         compute = sdpa_attention_forward

@@ -78,14 +78,13 @@ def low_rank(maps: Sequence[torch.Tensor], limit: int, root: torch.Tensor | None
     return LowRank(first / scale, second * scale[:, None], widths, errors[: limit + 1])
 
 
-def activation_scales(gram: torch.Tensor, ridge: float, alpha: float = ALPHA) -> torch.Tensor:
-    """s_i = (C_ii + lambda)^(alpha / 2), (d,): the size of every input channel to the power of alpha.
+def activation_scales(energy: torch.Tensor, ridge: float, alpha: float = ALPHA) -> torch.Tensor:
+    """s_i = (c_i + lambda)^(alpha / 2), (d,): the size of every input channel to the power of alpha.
 
-    ``gram`` is C = X^T X (d, d) float64, lambda = ``ridge`` * tr(C) / d, so that a channel that is never used keeps a
-    weight. ASVD takes the mean of |x_i|. The root mean square is ours: it comes from the diagonal of C, which is
-    gathered anyway, and only its ratio to other channels' matters. All ones where C is zero.
+    ``energy`` is c_i = sum of x_i^2 over the tokens, (d,) float64, lambda = ``ridge`` * mean(c), so that a channel that
+    is never used keeps a weight. ASVD takes the mean of |x_i|. The root mean square is ours: sums of squares are
+    gathered for other methods as well, and only its ratio to other channels' matters. All ones where c is zero.
     """
-    energy = gram.diagonal()
     mean = energy.mean()
     return (energy + ridge * mean).pow(alpha / 2) if mean > 0 else torch.ones_like(energy)
 

@@ -1,6 +1,6 @@
-"""Compression methods by name. A new one is a subclass of :class:`Method` and a line here."""
+"""Compression methods by name. A new one is a subclass of one of :mod:`modegpt.methods.base` and a line here."""
 
-from .base import Allocation, Calibrated, Ladder, Method, Solution
+from .base import Allocation, Calibrated, Ladder, Method, OwnAllocation, Solution
 from .factorised import ASVD, SVD, SVDLLM, JointRankK
 from .flap import FLAP
 from .greedy import Greedy
@@ -32,6 +32,7 @@ __all__ = [
     "Magnitude",
     "Method",
     "ModeGPT",
+    "OwnAllocation",
     "ShortGPT",
     "Solution",
 ]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Self
 
 from .. import costs
-from ..budget import MODULES, LayerGeometry, Module, average_sparsity, layer_geometry
+from ..budget import MODULES, LayerGeometry, Module, average_sparsity, head_geometry, layer_geometry
 from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
 from ..weights import Factors, HeadWeights, MLPWeights, QueryKeyWeights, ValueOutputWeights
@@ -91,25 +92,36 @@ class Ladder(Generic[Weights]):
         return curve
 
 
+#: From a module's weights and the layer's statistics to its solutions.
+Solver = Callable[[Any, LayerStatistics], Ladder[Any]]
+
+
 class Method(ABC):
-    """A compression method: a solver for each type of module it compresses. Subclasses are registered by name."""
+    """A compression method: a solver for each type of module it compresses. Subclasses are registered by name.
+
+    They are :class:`ChannelMethod`, :class:`HeadMethod` or what removes whole layers.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    modules: ClassVar[tuple[Module, ...]] = MODULES
+    modules: ClassVar[tuple[Module, ...]]
     """What of a layer it compresses."""
     allocation: ClassVar[Allocation] = "uniform"
     calibrated: ClassVar[Calibrated] = "dense"
     """What it is used with where nothing else is asked for."""
     allocations: ClassVar[tuple[Allocation, ...]] = SHARED_ALLOCATIONS
-    """What it can be used with."""
+    """What it can be used with; ``own`` is for an :class:`OwnAllocation`."""
     statistics: ClassVar[frozenset[Statistic]]
     """What the solvers read."""
 
     @classmethod
+    def from_config(cls, config: CompressionConfig) -> Self:
+        """The method with those of the run's options that concern it: none where not said otherwise."""
+        return cls()
+
     @abstractmethod
-    def from_config(cls, config: CompressionConfig) -> Method:
-        """The method with those of the run's options that concern it."""
+    def solvers(self) -> Mapping[Module, Solver]:
+        """What solves each of :attr:`modules`, but whole layers, of which there is nothing to solve."""
 
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """The parameters of a stock decoder ``layer`` (which may be on the meta device) by the method's modules."""
@@ -131,27 +143,69 @@ class Method(ABC):
         average_sparsity(chosen, config.modules, ratio, config.align, config.base(geometry))
 
     def removal_passes(self, layers: int, ratio: float) -> tuple[float, float] | None:
-        """What :meth:`choose` runs of the probe windows: layers, and heads; None for one pass of all windows."""
+        """What the own allocation runs of the probe windows: layers, and heads; None for one pass of all windows."""
         return None
 
-    def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
-        """What every layer keeps when ``ratio`` goes by the method's ``own`` allocation; in :meth:`Engine.active`."""
-        raise NotImplementedError
 
-    # A method has those of the following solvers that its modules ask for.
+class ChannelMethod(Method):
+    """A method that makes the MLP, queries with keys, and values with outputs narrower."""
 
+    modules = MODULES
+
+    def solvers(self) -> Mapping[Module, Solver]:
+        """One for each."""
+        return {"mlp": self.mlp, "qk": self.query_key, "vo": self.value_output}
+
+    @abstractmethod
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """A rank is a number of intermediate channels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """A rank is a number of rotary pairs per key-value head, or of channels where none rotate."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """A rank is the width of the values of every head."""
-        raise NotImplementedError
 
+
+class HeadMethod(Method):
+    """A method that makes the MLP narrower and removes whole key-value heads."""
+
+    modules = ("mlp", "heads")
+
+    def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
+        """Channels and heads."""
+        return head_geometry(layer, config, family)
+
+    def solvers(self) -> Mapping[Module, Solver]:
+        """One for each."""
+        return {"mlp": self.mlp, "heads": self.heads}
+
+    @abstractmethod
+    def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
+        """A rank is a number of intermediate channels."""
+
+    @abstractmethod
     def heads(self, weights: HeadWeights, statistics: LayerStatistics) -> Ladder[HeadWeights]:
         """A rank is a number of key-value heads, each with its query heads."""
-        raise NotImplementedError
+
+
+class Ridged(Method):
+    """A method of which the ridge is the only option: lambda in units of the mean activation energy."""
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+
+    @classmethod
+    def from_config(cls, config: CompressionConfig) -> Self:
+        """With the ridge that ``config`` gives."""
+        return cls(config.ridge)
+
+
+class OwnAllocation(ABC):
+    """What a method has besides that decides by itself how much every layer keeps."""
+
+    @abstractmethod
+    def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
+        """What every layer keeps when ``ratio`` goes; in :meth:`Engine.active`."""

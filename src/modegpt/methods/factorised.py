@@ -26,7 +26,7 @@ from ..layout import MapShape, expert_count, map_paths, map_shapes
 from ..modeling import Family, LayerSizes, stack_name
 from ..statistics import LayerStatistics, Statistic
 from ..weights import Factors, MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import Ladder, Method, Solution
+from .base import ChannelMethod, Ladder, Solution
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
@@ -38,6 +38,13 @@ _INPUTS: Mapping[Module, tuple[Statistic, Statistic]] = {
     "mlp": ("mlp_input", "mlp"),
     "qk": ("attention_input", "attention_input"),
     "vo": ("attention_input", "head_outputs"),
+}
+#: The sums of squares alone of the same.
+_MOMENTS: Mapping[Statistic, Statistic] = {
+    "mlp_input": "mlp_input_moments",
+    "mlp": "mlp_moments",
+    "attention_input": "attention_input_moments",
+    "head_outputs": "head_outputs_moments",
 }
 
 
@@ -111,10 +118,9 @@ class FactorisedLayer(LayerGeometry):
         return replace(self.dense, factor_ranks=ranks)
 
 
-class Factorised(Method):
+class Factorised(ChannelMethod):
     """Truncated decompositions of the maps weighted by a root of some matrix, which is what subclasses differ in."""
 
-    statistics = frozenset({"mlp_input", "mlp", "attention_input", "head_outputs"})
     whitened: ClassVar[bool] = False
     """Whether the root is a whole matrix."""
 
@@ -129,7 +135,7 @@ class Factorised(Method):
 
     @abstractmethod
     def root(self, statistics: LayerStatistics, name: Statistic) -> torch.Tensor | None:
-        """R of the maps whose inputs the statistic ``name`` is of, as :func:`low_rank` takes it."""
+        """R of the maps whose inputs the Gram matrix ``name`` would be of, as :func:`low_rank` takes it."""
 
     def stacks(self, module: Module, shapes: Sequence[MapShape]) -> list[Stack]:
         """What of ``module``, whose maps have these ``shapes``, is factorised, and what of it together."""
@@ -228,10 +234,11 @@ class ASVD(Factorised):
 
     name = "asvd"
     summary = "the same of weights scaled by the size of their inputs (ASVD)"
+    statistics = frozenset(_MOMENTS.values())
 
     def root(self, statistics: LayerStatistics, name: Statistic) -> torch.Tensor:
         """:func:`activation_scales`."""
-        return activation_scales(statistics[name], self.ridge)
+        return activation_scales(statistics[_MOMENTS[name]][1], self.ridge)
 
 
 class SVDLLM(Factorised):
@@ -239,6 +246,7 @@ class SVDLLM(Factorised):
 
     name = "svd-llm"
     summary = "the same of whitened weights, which changes outputs least (SVD-LLM)"
+    statistics = frozenset(_MOMENTS)
     whitened = True
 
     def root(self, statistics: LayerStatistics, name: Statistic) -> torch.Tensor:

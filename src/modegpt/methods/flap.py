@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,32 +11,29 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import costs
-from ..budget import LayerGeometry, Module, average_sparsity, head_geometry, ranks_from_sparsity
+from ..budget import LayerGeometry, Module, biased_head_geometry
 from ..decompositions import (
     fluctuation,
     mean_contribution,
     selection_losses,
-    standardised,
     top_indices,
     unit_channels,
 )
 from ..errors import InvalidRequest
 from ..families import decoder_layers, family_of
-from ..layout import HeadShape, linear
 from ..modeling import Family, has_experts
 from ..results import Choice
-from ..scores import over_layers
 from ..statistics import LayerStatistics
-from ..weights import HeadWeights, MLPWeights, read_mlp, read_value_output
-from .base import SHARED_ALLOCATIONS, Ladder, Method, Solution
+from ..weights import HeadWeights, MLPWeights
+from .al_am import al_am
+from .base import SHARED_ALLOCATIONS, HeadMethod, Ladder, OwnAllocation, Solution
 
 if TYPE_CHECKING:
-    from ..activations import Activations
     from ..config import CompressionConfig
     from ..engine import Engine
 
 
-class FLAP(Method):
+class FLAP(HeadMethod, OwnAllocation):
     """MLP channels and heads of smallest WIFV_j = Var(x_j) ||W_j||^2 go, and their means join the biases.
 
     An et al., arXiv 2312.11983: the metric (:func:`modegpt.decompositions.fluctuation`), summed over the channels of a
@@ -52,28 +49,13 @@ class FLAP(Method):
 
     name = "flap"
     summary = "MLP channels and whole heads that vary least go, and a bias takes their mean's place"
-    modules = ("mlp", "heads")
     allocation = "own"
     allocations = (*SHARED_ALLOCATIONS, "own")
     statistics = frozenset({"mlp_moments", "head_outputs_moments"})
 
-    @classmethod
-    def from_config(cls, config: CompressionConfig) -> FLAP:
-        """No option concerns it."""
-        return cls()
-
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """Channels and heads, and two more biases where there are none."""
-        result = head_geometry(layer, config, family)
-        if result.dense is None or has_experts(layer, family):
-            return result  # which is refused
-        added = 0 if linear(layer, family.mlp_output)[1] is not None else linear(layer, family.mlp_output)[0].shape[1]
-        (output, bias), value_bias = (
-            linear(layer, f"{family.attention}.{family.output}"),
-            linear(layer, f"{family.attention}.{family.input_maps[-1]}")[1],
-        )
-        added += output.shape[1] if bias is None and value_bias is None else 0
-        return replace(result, extra=result.extra + added, dense=replace(result.dense, output_biases=True))
+        return biased_head_geometry(layer, config, family)
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
         """The maps."""
@@ -120,25 +102,8 @@ class FLAP(Method):
         return Ladder(groups, at, units.losses)
 
     def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
-        """AL-AM: by one pass over the dense layers."""
-        geometry = engine.geometry(self)
-        wanted = average_sparsity(geometry, config.modules, ratio, config.align) * sum(
-            layer.modules[module].parameters for layer in geometry for module in config.modules
-        )
-
-        def lowest() -> list[dict[Module, int]]:
-            def score(index: int, layer: nn.Module, hidden: Activations) -> dict[Module, torch.Tensor]:
-                statistics = engine.calibrate(index, layer, hidden, self.statistics, keep=True)
-                return _standardised(engine, layer, statistics, config.modules)
-
-            return _lowest(over_layers(engine, "fluctuation", score), geometry, wanted)
-
-        gone = engine.once("fluctuation", lowest)
-        sparsity: list[dict[Module, float]] = [
-            {module: row[module] / layer.modules[module].full for module in config.modules}
-            for row, layer in zip(gone, geometry, strict=True)
-        ]
-        return Choice(ranks_from_sparsity(geometry, sparsity, config.align), sparsity)
+        """AL-AM."""
+        return al_am(engine, self, config, ratio)
 
 
 class _Units:
@@ -157,37 +122,3 @@ class _Units:
         dropped = unit_channels(left.nonzero().flatten(), self._width)
         means = mean_contribution(self._moments, self._tokens, self._output, dropped)
         return kept, means if bias is None else bias + means
-
-
-def _standardised(
-    engine: Engine, layer: nn.Module, statistics: LayerStatistics, modules: Sequence[Module]
-) -> dict[Module, torch.Tensor]:
-    """The standardised scores of the units of a layer's ``modules``."""
-    family, scores = engine.family.description, dict[Module, torch.Tensor]()
-    if "mlp" in modules:
-        output = read_mlp(layer, family).output
-        scores["mlp"] = standardised(fluctuation(statistics["mlp_moments"], statistics.tokens, output))
-    if "heads" in modules:
-        output = read_value_output(layer, family, HeadShape.of(layer, engine.dense.model.config, family)).output
-        metric = fluctuation(statistics["head_outputs_moments"], statistics.tokens, output.flatten(0, 2))
-        scores["heads"] = standardised(metric, len(metric) // len(output))
-    return scores
-
-
-def _lowest(
-    scores: Sequence[Mapping[Module, torch.Tensor]], geometry: Sequence[LayerGeometry], wanted: float
-) -> list[dict[Module, int]]:
-    """How many units of each module go when the lowest of all go until about ``wanted`` parameters are gone."""
-    units = sorted(
-        (score, index, module)
-        for index, layer in enumerate(scores)
-        for module, all_of_them in layer.items()
-        for score in all_of_them.sort().values[:-1].tolist()
-    )
-    gone: list[dict[Module, int]] = [dict.fromkeys(layer, 0) for layer in scores]
-    for _, index, module in units:
-        size = geometry[index].modules[module].unit_parameters
-        if wanted >= size / 2:
-            gone[index][module] += 1
-            wanted -= size
-    return gone

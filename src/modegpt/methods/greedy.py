@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,34 +25,23 @@ from ..decompositions import (
 )
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import Ladder, Method, Solution
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig
+from .base import ChannelMethod, Ladder, Ridged, Solution
 
 #: Of the logits' features, in units of each one's variance.
 LOGIT_RIDGE = 1e-2
 
 
-class Greedy(Method):
+class Greedy(Ridged, ChannelMethod):
     """Greedy elimination and joint least-squares fits, each on an objective the paper's algorithm bounds or leaves out.
 
     A greedy choice can be worse than another one. So at the rank asked for the choice of the paper's rule is fitted
-    as well, and the better of both is taken. ``ridge`` is lambda in units of the mean activation energy.
+    as well, and the better of both is taken.
     """
 
     name = "greedy"
     summary = "channels and rotary pairs go one by one, those that stay are re-fitted; values as heads put them out"
     allocation = "sensitivity"
     statistics = frozenset({"mlp", "query", "key", "logits", "head_outputs"})
-
-    def __init__(self, ridge: float) -> None:
-        self.ridge = ridge
-
-    @classmethod
-    def from_config(cls, config: CompressionConfig) -> Greedy:
-        """With the ridge that ``config`` gives."""
-        return cls(config.ridge)
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
         """Of the fit at one rank or of the elimination, what is more."""

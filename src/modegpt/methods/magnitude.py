@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,13 +12,10 @@ from ..budget import Module
 from ..decompositions import couples, selection_losses, top_indices
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import Ladder, Method, Solution
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig
+from .base import ChannelMethod, Ladder, Solution
 
 
-class Magnitude(Method):
+class Magnitude(ChannelMethod):
     """s_i = sum of the squares of all weights and biases of the linear maps that go with unit i.
 
     For an intermediate channel: its columns of W_U and W_G and its row of W_D. For a rotary pair of a key-value head:
@@ -34,11 +30,6 @@ class Magnitude(Method):
     name = "magnitude"
     summary = "what has the smallest weights goes, whatever the calibration text"
     statistics = frozenset()
-
-    @classmethod
-    def from_config(cls, config: CompressionConfig) -> Magnitude:
-        """No option concerns it."""
-        return cls()
 
     def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
         """A product and a sum for every weight of an MLP or of attention."""

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..decompositions import cr_decomposition, nystrom_decomposition, svd_decomposition
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import Ladder, Method, Solution
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig
+from .base import ChannelMethod, Ladder, Ridged, Solution
 
 
-class ModeGPT(Method):
-    """The paper's three decompositions. ``ridge`` is lambda in units of the mean activation energy."""
+class ModeGPT(Ridged, ChannelMethod):
+    """The paper's three decompositions."""
 
     name = "modegpt"
     summary = "the paper's algorithms: Nystroem for the MLP, CR for query-key, SVD for value-output"
     allocation = "block-influence"
     calibrated = "sequential"
     statistics = frozenset({"mlp", "attention_input", "query", "key"})
-
-    def __init__(self, ridge: float) -> None:
-        self.ridge = ridge
-
-    @classmethod
-    def from_config(cls, config: CompressionConfig) -> ModeGPT:
-        """With the ridge that ``config`` gives."""
-        return cls(config.ridge)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """Algorithm 1."""

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
 
 from .. import costs
-from ..budget import LayerGeometry, head_geometry
 from ..decompositions import greedy_elimination, refit, regularised, unit_channels
-from ..modeling import Family
 from ..statistics import LayerStatistics
 from ..weights import HeadWeights, MLPWeights
-from .base import Ladder, Method, Solution
-
-if TYPE_CHECKING:
-    from ..config import CompressionConfig
+from .base import HeadMethod, Ladder, Ridged, Solution
 
 
-class OBC(Method):
+class OBC(Ridged, HeadMethod):
     """Input columns of the output maps go one structure at a time, the cheapest first, and the others are re-fitted.
 
     See :mod:`modegpt.decompositions.elimination`, on the MLP's output map with its channels for structures, and on
     attention's output map with the columns of one key-value head, that is of all query heads that share it. What
-    leaves the output map leaves the maps before it. ``ridge`` is lambda in units of the mean activation energy.
+    leaves the output map leaves the maps before it.
 
     Kurtic et al., ZipLM, arXiv 2302.04089, after Hassibi and Stork, 1993. ZipLM has heads with a key each; that shared
     keys go with all their heads, the ridge, and the number of structures in each layer, which ZipLM finds by timing
@@ -34,21 +25,8 @@ class OBC(Method):
 
     name = "obc"
     summary = "MLP channels and whole heads go one by one, what stays in the output maps is re-fitted"
-    modules = ("mlp", "heads")
     calibrated = "sequential"
     statistics = frozenset({"mlp", "head_outputs"})
-
-    def __init__(self, ridge: float) -> None:
-        self.ridge = ridge
-
-    @classmethod
-    def from_config(cls, config: CompressionConfig) -> OBC:
-        """With the ridge that ``config`` gives."""
-        return cls(config.ridge)
-
-    def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
-        """Channels and heads."""
-        return head_geometry(layer, config, family)
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
         """What takes most of the fits and the eliminations."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -14,14 +14,14 @@ from ..errors import InvalidRequest
 from ..families import check_removable
 from ..modeling import Family
 from ..results import Choice
-from .base import Method
+from .base import Method, OwnAllocation, Solver
 
 if TYPE_CHECKING:
     from ..config import CompressionConfig
     from ..engine import Engine
 
 
-class WholeLayers(Method):
+class WholeLayers(Method, OwnAllocation):
     """What methods that remove whole layers have in common: a layer is one unit, and nothing in it changes.
 
     In the order in which a method gives them up, layers go as long as the parameters removed come nearer to the ratio
@@ -33,14 +33,13 @@ class WholeLayers(Method):
     allocation = "own"
     allocations = ("own",)
 
-    @classmethod
-    def from_config(cls, config: CompressionConfig) -> WholeLayers:
-        """No option concerns it."""
-        return cls()
-
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """One unit."""
         return whole_geometry(layer, config, family)
+
+    def solvers(self) -> Mapping[Module, Solver]:
+        """Nothing is solved."""
+        return {}
 
     def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
         """Nothing is solved."""
