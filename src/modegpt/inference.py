@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import itertools
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,6 +20,7 @@ from .costs import Sizes, resized
 from .data import TokenWindows
 from .families import model_geometry
 from .layered import resident
+from .likeness import forward_code
 from .methods import ModeGPT
 from .modeling import FAMILIES, CompressedFamily, Family, register
 from .modeling.modeling_inferred import inferred_classes, stock_classes
@@ -120,8 +119,8 @@ def _candidates(model: Any, causal_lm: Any, base: Any) -> Iterator[Family]:
 
 def _written_like(module: nn.Module, known: Sequence[CompressedFamily], ending: str) -> Family | None:
     """The first of the families whose class with this ``ending`` of its name has the forward of ``module``."""
-    code = _forward(type(module))
-    same = (one.description for one in known if code is not None and code == _forward(_class_like(one, ending)))
+    code = forward_code(type(module))
+    same = (one.description for one in known if code is not None and code == forward_code(_class_like(one, ending)))
     return next(same, None)
 
 
@@ -131,21 +130,6 @@ def _class_like(family: CompressedFamily, ending: str) -> Any:
     return next(
         (cls for name, cls in vars(module).items() if name.endswith(ending) and inspect.isclass(cls)), type(None)
     )
-
-
-def _forward(cls: Any) -> str | None:
-    """The code of a class's forward without annotations, decorators and docstring; None where there is none."""
-    try:
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(cls.forward))).body[0]
-    except (AttributeError, OSError, TypeError):
-        return None
-    tree.decorator_list, tree.returns = [], None
-    if ast.get_docstring(tree) is not None:
-        tree.body = tree.body[1:]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return ast.dump(tree)
 
 
 def _reproduces(model: Any) -> bool:
