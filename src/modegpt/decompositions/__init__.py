@@ -15,6 +15,7 @@ from .low_rank import LowRank, activation_scales, break_even, low_rank, whitenin
 from .norm import norm_energy
 from .nystrom import NystromDecomposition, nystrom_decomposition, ridge_leverage_scores
 from .outliers import outlier_share
+from .principal import PrincipalDirections, principal_directions
 from .selection import selection_losses
 from .svd import SVDDecomposition, balance, svd_decomposition
 from .values import ValueLadder, energy_bases, group_bases, value_ladder
@@ -25,6 +26,7 @@ __all__ = [
     "LogitLadder",
     "LowRank",
     "NystromDecomposition",
+    "PrincipalDirections",
     "SVDDecomposition",
     "ValueLadder",
     "activation_scales",
@@ -44,6 +46,7 @@ __all__ = [
     "norm_energy",
     "nystrom_decomposition",
     "outlier_share",
+    "principal_directions",
     "refit",
     "regularised",
     "ridge_leverage_scores",
