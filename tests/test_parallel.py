@@ -74,7 +74,7 @@ def several(plan: str) -> None:
         for name, command in commands.items():
             with ExitStack() as stack:
                 if name == interrupted:
-                    stack.enter_context(patch.object(Engine, "_keep", interrupting_after(1)))
+                    stack.enter_context(patch.object(Engine, "keep_layer", interrupting_after(1)))
                 outcomes[name] = vars(run_cli(*command))
         torch.save({"outcomes": outcomes, "exchange": exchange(crew)}, Path(folder) / f"{crew.rank}.pt")
     distributed.destroy_process_group()
@@ -109,8 +109,8 @@ def tensors_of_rank_1() -> dict[str, torch.Tensor]:
 
 
 def interrupting_after(layer: int) -> Callable[..., None]:
-    """``Engine._keep`` as if the user interrupted once ``layer`` is kept."""
-    keep = Engine._keep
+    """``Engine.keep_layer`` as if the user interrupted once ``layer`` is kept."""
+    keep = Engine.keep_layer
 
     def keep_and_stop(self: Engine, index: int, *args: Any, **options: Any) -> None:
         keep(self, index, *args, **options)
@@ -122,7 +122,7 @@ def interrupting_after(layer: int) -> Callable[..., None]:
 
 def killed(rank: str, log: str, *command: str) -> None:
     """``modegpt`` in a group whose ``rank`` kills itself after layer 1, unless it was started again already."""
-    solve, keep, complete = LayerSolver.ladders, Engine._keep, DiskActivations.complete
+    solve, keep, complete = LayerSolver.ladders, Engine.keep_layer, DiskActivations.complete
     mine = os.environ["RANK"]
     dies = parallel.restarts() == 0 and mine == rank
 
@@ -151,7 +151,7 @@ def killed(rank: str, log: str, *command: str) -> None:
         time.sleep(0 if mine != rank else 1)
     with (
         patch.object(LayerSolver, "ladders", logged_solve),
-        patch.object(Engine, "_keep", deadly_keep),
+        patch.object(Engine, "keep_layer", deadly_keep),
         patch.object(DiskActivations, "complete", deadly_complete),
         patch.object(sys, "argv", ["modegpt", *command]),
     ):
@@ -247,7 +247,7 @@ def two(
     commands["refused"] = command(outputs / "refused", "--samples", 1)
 
     commands["begun alone"] = command(outputs / "begun alone")
-    with patch.object(Engine, "_keep", interrupting_after(1)):
+    with patch.object(Engine, "keep_layer", interrupting_after(1)):
         assert run_cli(*commands["begun alone"]).code == 130
     group = run_several(folder, 2, commands, interrupted="handed over")
     assert {outcome.code for outcome in group.outcomes("handed over")} == {130}
@@ -316,7 +316,8 @@ def test_experts_and_norms_over_all_heads_are_the_same_for_two_processes(
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("obc", ()), ("flap", ()), ("sleb", ()), ("magnitude", ("--allocation", "owl"))]
+    ("method", "options"),
+    [("obc", ()), ("flap", ()), ("sleb", ()), ("magnitude", ("--allocation", "owl"))],
 )
 def test_structured_baselines_are_the_same_for_two_processes(
     method: str, options: tuple[str, ...], command: Callable[..., list[object]], tmp_path: Path
@@ -420,7 +421,7 @@ def test_too_many_processes_cost_no_finished_work(
     command: Callable[..., list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = command(tmp_path / "small")
-    with patch.object(Engine, "_keep", interrupting_after(1)):
+    with patch.object(Engine, "keep_layer", interrupting_after(1)):
         assert run_cli(*arguments).code == 130
     assert run_cli(*arguments, "--devices", 100).code == 2
     assert run_cli(*arguments).code == 0

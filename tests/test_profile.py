@@ -246,7 +246,7 @@ def test_from_disk_and_resumed_as_in_memory(tiny_checkpoint: Path, text_file: Pa
     options = ("--ratio", 0.3, "--method", "greedy", "--allocation", "sensitivity", "--calibration", text_file)
     options = (*options, "--samples", 8, "--sequence-length", 32, "--statistics", "dense", "--evaluate", "none")
     assert run_cli("compress", tiny_checkpoint, "--output", tmp_path / "one", *options).code == 0
-    with patch.object(Engine, "_keep", side_effect=KeyboardInterrupt):
+    with patch.object(Engine, "keep_layer", side_effect=KeyboardInterrupt):
         assert run_cli("compress", tiny_checkpoint, "--output", tmp_path / "two", *options).code == 130
     with patch.object(Profiler, "run", side_effect=AssertionError("the profile was kept")):
         assert run_cli("compress", tiny_checkpoint, "--output", tmp_path / "two", *options).code == 0

@@ -177,6 +177,17 @@ class Engine:
         return known
 
     def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
+        """What ``method`` makes of the model, see :meth:`modegpt.methods.Method.compress`."""
+        thin, results = method.compress(self, choice, sequential=sequential, seed=seed)
+        return Compression(thin, results, choice)
+
+    def finished(self) -> dict[int, LayerResult]:
+        """The layers that the journal already has."""
+        return self.workers.tell(self._journal.finished if self._journal else {})
+
+    def by_layer(
+        self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0
+    ) -> tuple[LayeredModel, list[LayerResult]]:
         """The layer loop: gather, solve, keep, pass on.
 
         Layers that the journal already has are only passed through, and only as far as another one needs it. Where
@@ -186,11 +197,11 @@ class Engine:
         thin = self.skeleton(geometry, choice.ranks)
         places = {source: place for place, source in enumerate(thin.sources)}
         solver = LayerSolver(self.dense, geometry, self.workers, self.progress)
-        done = self.workers.tell(self._journal.finished if self._journal else {})
+        done = self.finished()
         kept = not sequential and self.workers.tell(self.kept.profile is not None)
         open_layers = [index for index in range(count) if index not in done]
         hidden = self.activations("compress", self.batches)
-        start = self._restore(hidden, open_layers[0]) if open_layers and not kept else 0
+        start = self.restore(hidden, open_layers[0]) if open_layers and not kept else 0
 
         thin_runner = LayerRunner(thin, self.batches, self.workers)
         results: dict[int, LayerResult] = dict(done)
@@ -202,7 +213,7 @@ class Engine:
                 through_dense = not sequential or choice.ranks[index] == whole(geometry[index])
                 if gone and index not in done:
                     results[index] = LayerResult(choice.sparsity[index], {"layer": ModuleResult(0, 1, 1.0, None)})
-                    self._keep(index, None, {}, results[index])
+                    self.keep_layer(index, None, {}, results[index])
                 elif index not in done:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
@@ -218,7 +229,7 @@ class Engine:
                         self._say_short_experts(index, modules)
                         del statistics, ladders
                     results[index] = LayerResult(choice.sparsity[index], modules)
-                    self._keep(index, thin, state, results[index], used=needed and not through_dense)
+                    self.keep_layer(index, thin, state, results[index], used=needed and not through_dense)
                     del state
                     if needed and through_dense:
                         hidden.complete(index + 1)
@@ -228,7 +239,7 @@ class Engine:
                     self._pass_on(thin, thin_runner, places[index], hidden)
                 self.progress.advance()
         hidden.remove()
-        return Compression(thin, [results[index] for index in range(count)], choice)
+        return thin, [results[index] for index in range(count)]
 
     def perplexity(self, model: LayeredModel, windows: TokenWindows) -> float:
         """Perplexity of the dense or the compressed ``model``, one layer at a time; as :func:`evaluation.perplexity`.
@@ -251,13 +262,13 @@ class Engine:
         self.workers.sum(loss.totals)
         return loss.perplexity()
 
-    def _restore(self, hidden: Activations, layer: int) -> int:
+    def restore(self, hidden: Activations, layer: int) -> int:
         """Take up the hidden states of an interrupted run; returns the layer that they enter, 0 for the embeddings.
 
         They enter the first unfinished ``layer`` or, if it was stopped before they were passed on, the one before.
         """
         for index in (layer, layer - 1):
-            if index > 0 and self._everywhere(hidden.restore(index)):
+            if index > 0 and self.everywhere(hidden.restore(index)):
                 return index
         hidden.remove()
         return 0
@@ -301,7 +312,7 @@ class Engine:
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self.dense.model.config, self.family.description)
 
-    def _keep(
+    def keep_layer(
         self, index: int, thin: LayeredModel | None, state: Tensors, result: LayerResult, *, used: bool = False
     ) -> None:
         """Put a finished layer where it belongs, in ``thin`` unless it is gone; in memory if it is ``used`` next."""
@@ -351,6 +362,8 @@ class Engine:
         per_layer = {index: widths.to_config() for index, widths in enumerate(sizes)}
         if self.family.inferred:
             values["compressed_family"] = self.family.description.differences()
+        if any("stream_width" in widths for widths in per_layer.values()):
+            values["tie_word_embeddings"] = False  # they are in different bases then
         config: Any = self.family.config(**values, per_layer_config=per_layer)  # type: ignore[call-arg]
         config.architectures = [self.family.causal_lm.__name__]
         config.auto_map = self.family.auto_map
@@ -367,7 +380,7 @@ class Engine:
         own = f"{purpose}-{self.workers.rank}-of-{self.workers.size}"
         return DiskActivations(len(batches), self._states / own)
 
-    def _everywhere(self, true: bool) -> bool:
+    def everywhere(self, true: bool) -> bool:
         """Whether it is ``true`` for all workers."""
         total = torch.tensor(int(true))
         self.workers.sum(total)

@@ -143,6 +143,20 @@ class LayerRunner:
         return forward
 
 
+@contextmanager
+def ending_at(module: nn.Module) -> Iterator[None]:
+    """Within this context a layer that runs ends where ``module``, a part of it, begins: its output is what enters."""
+
+    def stop(_: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
+        raise _Stop(args[0] if args else next(iter(kwargs.values())))
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 class Capture:
     """Keeps the latest input of a module, or the latest of its ``outputs``."""
 
@@ -170,3 +184,8 @@ class Capture:
             yield
         finally:
             handle.remove()
+
+
+def real_rows(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:
+    """The rows (N, d) of real tokens in (B, T, d)."""
+    return hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask.to(hidden.device)]

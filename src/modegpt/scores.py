@@ -12,7 +12,7 @@ from .activations import Activations
 from .data import TokenWindows
 from .decompositions import outlier_share
 from .layout import HeadShape, expert_count, linear, mlp_maps, query_key_value
-from .runner import Capture
+from .runner import Capture, real_rows
 from .statistics import LayerStatistics, Statistic
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _influence(engine: Engine, index: int, layer: nn.Module, hidden: Activations
     def score(batch: TokenWindows, entering: torch.Tensor, leaving: torch.Tensor) -> None:
         # Where attention and MLP are parallel, attention counts as the first to add to the stream.
         between = middle.value.view_as(entering) if path else entering + middle.value
-        start, between, end = (_real(x, batch) for x in (entering, between, leaving))
+        start, between, end = (real_rows(x, batch).float() for x in (entering, between, leaving))
         sizes = [x.norm(dim=-1) for x in (start, between, end)]
         pairs = ((start, end, 0, 2), (start, between, 0, 1), (between, end, 1, 2))
         for slot, (one, other, i, j) in enumerate(pairs):
@@ -73,12 +73,6 @@ def _influence(engine: Engine, index: int, layer: nn.Module, hidden: Activations
     engine.workers.sum(totals)
     whole, attention, mlp = (totals[:3] / totals[3]).tolist()
     return whole, attention, mlp
-
-
-def _real(hidden: torch.Tensor, batch: TokenWindows) -> torch.Tensor:
-    """The rows (N, d) of real tokens in (B, T, d), in float32."""
-    rows = hidden.flatten(0, 1) if batch.mask is None else hidden[batch.mask.to(hidden.device)]
-    return rows.float()
 
 
 def outlier_shares(engine: Engine, threshold: float) -> list[float]:

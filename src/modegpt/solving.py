@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +39,8 @@ from .weights import (
 Tensors = dict[str, torch.Tensor]
 #: A module of a layer, or one expert of its MLP.
 Part = tuple[Module, int | None]
-_SEEDED: tuple[Module, ...] = get_args(Module)
+#: What draws random numbers; their number decides which, so that a new module must not change it.
+_SEEDED: tuple[Module, ...] = ("mlp", "qk", "vo", "heads", "layer")
 _EXPERT_SEED = 1_000_003
 #: What is taken to be kept when the parts of a layer are shared out before ranks are looked at.
 _KEPT = 0.7

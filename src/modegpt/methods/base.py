@@ -22,7 +22,8 @@ from ..weights import Factors, HeadWeights, MLPWeights, QueryKeyWeights, ValueOu
 if TYPE_CHECKING:
     from ..config import CompressionConfig
     from ..engine import Engine
-    from ..results import Choice
+    from ..layered import LayeredModel
+    from ..results import Choice, LayerResult
 
 Weights = TypeVar("Weights", MLPWeights, QueryKeyWeights, ValueOutputWeights, HeadWeights)
 
@@ -99,7 +100,8 @@ Solver = Callable[[Any, LayerStatistics], Ladder[Any]]
 class Method(ABC):
     """A compression method: a solver for each type of module it compresses. Subclasses are registered by name.
 
-    They are :class:`ChannelMethod`, :class:`HeadMethod` or what removes whole layers.
+    They are :class:`ChannelMethod`, :class:`HeadMethod`, what removes whole layers, or have a :meth:`compress` of their
+    own.
     """
 
     name: ClassVar[str]
@@ -113,6 +115,10 @@ class Method(ABC):
     """What it can be used with; ``own`` is for an :class:`OwnAllocation`."""
     statistics: ClassVar[frozenset[Statistic]]
     """What the solvers read."""
+    one_pass: ClassVar[bool] = False
+    """Whether one pass over the dense layers is all that choosing and compressing take together."""
+    slices_stream: ClassVar[bool] = False
+    """Whether the embeddings become narrower than the head, which they can no longer be tied to."""
 
     @classmethod
     def from_config(cls, config: CompressionConfig) -> Self:
@@ -121,7 +127,10 @@ class Method(ABC):
 
     @abstractmethod
     def solvers(self) -> Mapping[Module, Solver]:
-        """What solves each of :attr:`modules`, but whole layers, of which there is nothing to solve."""
+        """What solves each of :attr:`modules`, but whole layers, of which there is nothing to solve.
+
+        Nothing where :meth:`compress` is the method's own.
+        """
 
     def geometry(self, layer: nn.Module, config: PreTrainedConfig, family: Family) -> LayerGeometry:
         """The parameters of a stock decoder ``layer`` (which may be on the meta device) by the method's modules."""
@@ -145,6 +154,15 @@ class Method(ABC):
     def removal_passes(self, layers: int, ratio: float) -> tuple[float, float] | None:
         """What the own allocation runs of the probe windows: layers, and heads; None for one pass of all windows."""
         return None
+
+    def compress(
+        self, engine: Engine, choice: Choice, *, sequential: bool, seed: int
+    ) -> tuple[LayeredModel, list[LayerResult]]:
+        """The compressed model and what happened to every layer; in :meth:`Engine.active`.
+
+        Where the modules of one layer are solved after those of the other, :meth:`solvers` are all that this takes.
+        """
+        return engine.by_layer(self, choice, sequential=sequential, seed=seed)
 
 
 class ChannelMethod(Method):
