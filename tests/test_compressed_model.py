@@ -142,7 +142,7 @@ def test_travelling_code_needs_nothing_but_torch_and_transformers(saved: Path) -
     """Neither what Llama sends along nor any other family's file: each comes with those of ours that it imports."""
     files = {path.name: path.read_text() for path in Path(modeling.__file__).parent.glob("modeling_*.py")}
     assert files.keys() >= {f"{family.config.__module__.split('.')[-1]}.py" for family in modeling.FAMILIES.values()}
-    parts = ("modegpt", "description", "sizes", "norm", "factors", "modegpt_llama")
+    parts = ("modegpt", "description", "sizes", "norm", "factors", "slices", "modegpt_llama")
     sent = {f"modeling_{part}.py" for part in parts}
     assert {path.name: path.read_text() for path in saved.glob("*.py")} == {name: files[name] for name in sent}
     allowed = {*sys.stdlib_module_names, "torch", "transformers", *(f".{name.removesuffix('.py')}" for name in files)}

@@ -317,7 +317,7 @@ def test_experts_and_norms_over_all_heads_are_the_same_for_two_processes(
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("obc", ()), ("flap", ()), ("sleb", ()), ("magnitude", ("--allocation", "owl"))],
+    [("obc", ()), ("flap", ()), ("sleb", ()), ("slicegpt", ()), ("magnitude", ("--allocation", "owl"))],
 )
 def test_structured_baselines_are_the_same_for_two_processes(
     method: str, options: tuple[str, ...], command: Callable[..., list[object]], tmp_path: Path

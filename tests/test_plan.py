@@ -50,7 +50,10 @@ def wide_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     ("statistics", "method"),
-    [("sequential", "modegpt"), ("dense", "modegpt"), ("dense", "svd-llm"), ("dense", "joint-rank-k")],
+    [
+        *[("sequential", "modegpt"), ("sequential", "slicegpt")],
+        *[("dense", "modegpt"), ("dense", "svd-llm"), ("dense", "joint-rank-k")],
+    ],
 )
 def test_peak_memory_and_disk_are_within_a_fifth_of_what_is_measured(
     wide_checkpoint: Path, tmp_path: Path, statistics: str, method: str
@@ -79,6 +82,18 @@ def test_arithmetic_is_within_a_fifth_of_what_is_counted(statistics: str, alloca
     config = RunConfig.validated(model="m", output="out", evaluate="none", **settings)
     plan = predict(config, shape_of(model, 4), on_gpu=False)
     assert plan.flops == pytest.approx(counted.get_total_flops(), rel=0.2)
+
+
+def test_slicing_is_one_pass_over_the_layers() -> None:
+    """Without the eigendecompositions, which PyTorch does not count."""
+    model = tiny_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=4, attn_implementation="eager")
+    windows = TokenWindows(torch.randint(0, 128, (24, 64), generator=torch.Generator().manual_seed(0)))
+    settings = {"ratio": 0.3, "samples": 24, "sequence_length": 64, "method": "slicegpt"}
+    with FlopCounterMode(display=False) as counted:
+        compress_model(model, windows, CompressionConfig.validated(**settings))
+    plan = predict(RunConfig.validated(model="m", output="o", evaluate="none", **settings), shape_of(model, 4))
+    assert [phase.name for phase in plan.phases] == ["calibrate", "solve"]
+    assert plan.phases[0].flops == pytest.approx(counted.get_total_flops(), rel=0.25)
 
 
 def test_a_plan_reads_nothing_but_the_config(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from .layout import HeadShape, expert_count, intermediate_size, linear, mlp_maps
 from .modeling import Family, LayerSizes, head_counts
 
 #: What of a layer is compressed by itself: MLP channels, queries with keys, values with outputs; or whole key-value
-#: heads with their queries; or the layer itself. A method has some of them.
-Module = Literal["mlp", "qk", "vo", "heads", "layer"]
+#: heads with their queries; or the layer itself; or the directions of the residual stream that it reads. A method has
+#: some of them.
+Module = Literal["mlp", "qk", "vo", "heads", "layer", "stream"]
 #: Those of a method that does not say otherwise.
 MODULES: tuple[Module, ...] = ("mlp", "qk", "vo")
 _WIDTHS: dict[Module, str] = {"mlp": "intermediate_size", "qk": "qk_head_dim", "vo": "v_head_dim"}
@@ -84,8 +85,9 @@ class LayerGeometry:
         widths: dict[str, Any] = {
             field: rank[name] * self.modules[name].channels for name, field in _WIDTHS.items() if name in rank
         }
-        if "heads" in rank:
-            widths["kv_heads"] = rank["heads"]
+        for name, field in (("heads", "kv_heads"), ("stream", "stream_width")):
+            if name in rank:
+                widths[field] = rank[name]  # type: ignore[literal-required]
         return LayerSizes(**widths) if self.dense is None else replace(self.dense, **widths)
 
 
@@ -97,6 +99,7 @@ class LayerRanks(TypedDict, total=False):
     vo: int
     heads: int
     layer: int
+    stream: int
 
 
 def whole(layer: LayerGeometry) -> LayerRanks:

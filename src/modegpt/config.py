@@ -74,7 +74,7 @@ class CompressionConfig(BaseModel):
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
         description="Share of the decoder blocks' parameters to remove, between 0 and 1. "
-        "Embeddings and head are never touched.",
+        "Embeddings and head are never touched (but 'slicegpt' narrows the embeddings).",
     )
     target_parameters: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Instead of --ratio: what the whole model is to have at most, e.g. 5.5B or 120M parameters."
@@ -123,7 +123,8 @@ class CompressionConfig(BaseModel):
     modules: tuple[Module, ...] = Field(
         default_factory=_of_method(lambda method: method.modules),
         description="Comma-separated modules to compress, all of the method by default: mlp, qk (query-key), "
-        "vo (value-output), heads (whole key-value heads with their queries), layer (whole layers).",
+        "vo (value-output), heads (whole key-value heads with their queries), layer (whole layers), stream (the "
+        "width of the residual stream).",
     )
     statistics: Calibrated = Field(
         default_factory=_of_method(lambda method: method.calibrated),

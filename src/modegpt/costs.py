@@ -142,6 +142,11 @@ def _panel_flops(n: int) -> float:
     return float(sum(2 * (panel.stop - panel.start) * (n - panel.start) for panel in panels(n)))
 
 
+def eigen_flops(n: int) -> float:
+    """Operations of the eigendecomposition of a symmetric n x n matrix with its vectors, about 9 n^3."""
+    return 9.0 * n**3
+
+
 def head_flops(hidden: int, vocabulary: int) -> float:
     """Operations of the output head for one token."""
     return 2.0 * hidden * vocabulary

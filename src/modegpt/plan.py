@@ -182,7 +182,8 @@ def predict(config: RunConfig, shape: Shape, *, on_gpu: bool | None = None) -> P
         host=_host(config, shape, on_gpu),
         device=_device(config, shape) if on_gpu else [],
         disk=_disk(config, shape),
-        offload=2 * _states(config, shape) if config.offload_folder else 0,
+        # Both sides of a layer; where it is run in two parts, also what is between.
+        offload=(2 + METHODS[config.method].one_pass) * _states(config, shape) if config.offload_folder else 0,
         phases=_phases(config, shape, None),
     )
 
@@ -293,8 +294,9 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     logits = 0
     if config.evaluate != NONE:
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
+    narrow = round(kept * shape.vocabulary * shape.sizes.hidden) if method.slices_stream else 0
     return [
-        Part(name="embeddings and head", bytes=shape.rest * shape.item),
+        Part(name="embeddings and head", bytes=(shape.rest + narrow) * shape.item),
         Part(name="two layers", bytes=2 * shape.layer * shape.item),
         Part(name="compressed layer", bytes=round(kept * shape.layer * shape.item)),
         Part(name="layer at work", bytes=max(forward, solve, logits)),
@@ -306,7 +308,10 @@ def _disk(config: RunConfig, shape: Shape) -> list[Part]:
     statistics = [Part(name="statistics", bytes=kept)] if _profiles(config) else []
     if isinstance(config, ProfileConfig):
         return statistics
-    weights = round((1 - _ratio(config)) * shape.layers) + shape.rest * shape.item
+    rest = shape.rest
+    if METHODS[config.method].slices_stream:  # embeddings, narrower, and a head, which are tied no longer
+        rest = round((2 - _ratio(config)) * shape.vocabulary * shape.sizes.hidden)
+    weights = round((1 - _ratio(config)) * shape.layers) + rest * shape.item
     # Finished layers stay until the checkpoint made of them is in its place.
     return [*statistics, Part(name="finished layers", bytes=weights), Part(name="checkpoint", bytes=weights)]
 
@@ -383,7 +388,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         probe = min(PROBE_TOKENS, config.samples * window)
         one_head = head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("scores", forward=probe * runs * dense / sizes.layers, head=probe * heads * one_head))
-    elif config.allocation not in ("uniform", "sensitivity"):
+    elif config.allocation not in ("uniform", "sensitivity") and not method.one_pass:
         phases.append(phase("scores", forward=tokens * dense))
     if isinstance(config, ProfileConfig):
         return phases
@@ -391,7 +396,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     if method.statistics and not dense_kept:
         phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     phases.append(phase("solve", solve=solve))
-    if method.statistics and config.statistics == "sequential":
+    if method.statistics and config.statistics == "sequential" and not method.one_pass:
         # The last layer's outputs are nobody's inputs.
         phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))
     if evaluated:

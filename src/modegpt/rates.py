@@ -18,6 +18,7 @@ from .activations import Activations
 from .config import RunConfig
 from .costs import Sizes, forward_flops, gram_flops, head_flops, resized
 from .data import SAMPLED_AT_ONCE, TokenWindows
+from .decompositions import principal_directions
 from .families import family_of
 from .layered import LayeredModel, resident
 from .layout import HeadShape, expert_count
@@ -111,7 +112,10 @@ def _time_layer(
     solver = LayerSolver(model, [], Workers(), Progress())
     with clock("solve"):
         for module, shape in method.geometry(layer, model.model.config, family).modules.items():
-            if module != "layer":
+            if module == "stream":  # two points
+                for name in ("attention_input", "mlp_input"):
+                    principal_directions(statistics[name])
+            elif module != "layer":
                 part = (module, 0 if experts and module == "mlp" else None)
                 solver.ladder(part, method, layer, statistics).at(rank(shape.full))
     return seconds

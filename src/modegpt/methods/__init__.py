@@ -9,9 +9,10 @@ from .modegpt import ModeGPT
 from .obc import OBC
 from .shortgpt import ShortGPT
 from .sleb import SLEB
+from .slicegpt import SliceGPT
 
 _METHODS: tuple[type[Method], ...] = (
-    *(Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB),
+    *(Greedy, ModeGPT, Magnitude, OBC, FLAP, ShortGPT, SLEB, SliceGPT),
     *(SVD, ASVD, SVDLLM, JointRankK),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
@@ -34,5 +35,6 @@ __all__ = [
     "ModeGPT",
     "OwnAllocation",
     "ShortGPT",
+    "SliceGPT",
     "Solution",
 ]

@@ -17,9 +17,11 @@ from .modeling_inferred import inferred_classes
 from .modeling_modegpt import COMPRESSED, CompactAttention, factor_stacks, features, has_experts, stack_name
 from .modeling_norm import is_joint, norm_parts
 from .modeling_sizes import LayerSizes, layer_sizes, stock_config
+from .modeling_slices import NORMS
 
 __all__ = [
     "FAMILIES",
+    "NORMS",
     "CompactAttention",
     "CompressedFamily",
     "Family",

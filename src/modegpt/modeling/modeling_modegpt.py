@@ -1,6 +1,6 @@
 """A stock Transformers decoder with smaller modules inside: the runtime of a compressed model.
 
-This file, the four that it imports and the family file travel with every checkpoint (``auto_map``), so they import
+This file, the five that it imports and the family file travel with every checkpoint (``auto_map``), so they import
 nothing but torch and Transformers. Nothing of the stock model is copied: the decoder, its norms, its
 masks, its rotary embedding and its head stay Transformers' own code. Only the linear maps become
 thinner, and attention learns that queries and keys may be narrower than, or as wide as, values.
@@ -29,6 +29,7 @@ from .modeling_description import Family, described, head_counts
 from .modeling_factors import factorise
 from .modeling_norm import CompactNorm
 from .modeling_sizes import LayerSizes, layer_sizes, stock_config
+from .modeling_slices import slice_stream
 
 #: What the ``model_type`` of a compressed model begins with.
 COMPRESSED = "modegpt_"
@@ -200,7 +201,8 @@ def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> N
     Raises ``ValueError`` naming the layer and field when a width or rank is larger than the dense model's.
     """
     layers: Any = base.get_submodule(family.layers)
-    for index, (layer, sizes) in enumerate(zip(layers, layer_sizes(config), strict=True)):
+    every = layer_sizes(config)
+    for index, (layer, sizes) in enumerate(zip(layers, every, strict=True)):
         stock: Any = layer.get_submodule(family.attention)
         full = features(getattr(stock, family.output))[0] // config.num_attention_heads
         for name, limit in (
@@ -221,6 +223,9 @@ def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> N
             factorise(layer, factor_stacks(family, dense_mlp=not has_experts(layer, family)), sizes.factor_ranks or {})
         except ValueError as error:
             raise ValueError(f"per_layer_config[{index}].factor_ranks: {error}") from error
+    widths = [sizes.stream_width for sizes in every if sizes.stream_width is not None]
+    if widths:
+        slice_stream(base, family, widths, config.hidden_size)
 
 
 def factor_stacks(family: Family, *, dense_mlp: bool = True) -> dict[str, tuple[str, ...]]:

@@ -26,6 +26,8 @@ class LayerSizes:
     """Whether attention and MLP have a bias at their output even if the family has none."""
     factor_ranks: Mapping[str, int] | None = None
     """Of the maps that are two thin ones, by the names of :func:`factor_stacks`; None where no layer has any."""
+    stream_width: int | None = None
+    """Directions of the residual stream that the layer reads, see ``modeling_slices.py``; given for all or none."""
 
     @property
     def head_dim(self) -> int:
@@ -38,6 +40,7 @@ class LayerSizes:
             "kv_heads": self.kv_heads,
             "output_biases": self.output_biases or None,
             "factor_ranks": None if self.factor_ranks is None else dict(self.factor_ranks),
+            "stream_width": self.stream_width,
         }
         return {
             "intermediate_size": self.intermediate_size,
@@ -72,8 +75,27 @@ def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
             raise ValueError(f"per_layer_config[{index}].kv_heads is {kv_heads!r}; expected 1 to {groups}")
         if type(biases) is not bool:
             raise ValueError(f"per_layer_config[{index}].output_biases is {biases!r}; expected true or false")
-        sizes.append(LayerSizes(**values, kv_heads=kv_heads, output_biases=biases, factor_ranks=factors))
+        stream = _stream_width(config, index, layer)
+        sizes.append(
+            LayerSizes(**values, kv_heads=kv_heads, output_biases=biases, factor_ranks=factors, stream_width=stream)
+        )
+    without = [index for index, layer in enumerate(sizes) if layer.stream_width is None]
+    if 0 < len(without) < len(sizes):
+        raise ValueError(f"per_layer_config[{without[0]}].stream_width is missing; others have it")
     return sizes
+
+
+def _stream_width(config: PreTrainedConfig, index: int, layer: Any) -> int | None:
+    """That of a layer, if it has one."""
+    width = getattr(layer, "stream_width", None)
+    if width is None:
+        return None
+    channels: Any = config.hidden_size
+    if type(width) is not int or not 1 <= width <= channels:
+        raise ValueError(f"per_layer_config[{index}].stream_width is {width!r}; expected 1 to {channels}")
+    if getattr(layer, "factor_ranks", None):
+        raise ValueError(f"per_layer_config[{index}].stream_width: not together with factor_ranks")
+    return width
 
 
 def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
