@@ -58,6 +58,7 @@ SETTINGS = (
     *((method, "dense", "uniform", "auto") for method in ("svd-llm", "asvd", "svd", "joint-rank-k", "magnitude")),
     ("shortgpt", "dense", "own", "auto"),
     ("sleb", "dense", "own", "auto"),
+    ("slicegpt", "sequential", "own", "auto"),
     ("greedy", "dense", "uniform", "auto"),
     ("modegpt", "dense", "uniform", "auto"),
     ("modegpt", "dense", "block-influence", "auto"),
