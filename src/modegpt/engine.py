@@ -256,8 +256,8 @@ class Engine:
                 self.progress.advance()
             loss = Loss()
             for number, batch in enumerate(batches):
-                for start, logits in runner.head(number, hidden):
-                    loss.add(logits, batch, start)
+                for positions, logits in runner.head(number, hidden):
+                    loss.add(logits, batch, positions)
         hidden.remove()
         self.workers.sum(loss.totals)
         return loss.perplexity()

@@ -13,6 +13,9 @@ from .data import TokenWindows
 from .errors import InvalidRequest, NumericalError
 from .progress import Progress
 
+EVERYWHERE = slice(None)
+"""All positions of a window."""
+
 
 class Loss:
     """The summed negative log-likelihood of predicted real tokens, and their number, in ``totals``."""
@@ -20,14 +23,15 @@ class Loss:
     def __init__(self) -> None:
         self.totals = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, logits: torch.Tensor, batch: TokenWindows, start: int = 0) -> None:
-        """Add ``logits`` (B, n, vocabulary) of the positions from ``start`` of ``batch``."""
-        count = min(logits.shape[1], batch.ids.shape[1] - 1 - start)
+    def add(self, logits: torch.Tensor, batch: TokenWindows, positions: slice = EVERYWHERE) -> None:
+        """Add ``logits`` (B, n, vocabulary) of these ``positions`` of ``batch``."""
+        length = batch.ids.shape[1]
+        here = torch.arange(length)[positions]
+        here = here[here < length - 1]
         mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
-        here, there = slice(start, start + count), slice(start + 1, start + 1 + count)
-        predicted = mask[:, here] & mask[:, there]
-        targets = batch.ids[:, there][predicted].to(logits.device)
-        predictions = logits[:, :count][predicted.to(logits.device)].float()
+        predicted = mask[:, here] & mask[:, here + 1]
+        targets = batch.ids[:, here + 1][predicted].to(logits.device)
+        predictions = logits[:, : len(here)][predicted.to(logits.device)].float()
         loss = nn.functional.cross_entropy(predictions, targets, reduction="sum")
         self.totals += torch.tensor([float(loss), len(targets)], dtype=torch.float64)
 
@@ -48,10 +52,10 @@ class Loss:
 class Predictions:
     """The next-token distributions p after the real tokens among some positions of a batch, to compare others with."""
 
-    def __init__(self, logits: torch.Tensor, batch: TokenWindows, start: int = 0) -> None:
-        """Those of ``logits`` (B, n, vocabulary), at the positions from ``start`` of ``batch``."""
+    def __init__(self, logits: torch.Tensor, batch: TokenWindows, positions: slice = EVERYWHERE) -> None:
+        """Those of ``logits`` (B, n, vocabulary), at these ``positions`` of ``batch``."""
         mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
-        self._real = mask[:, start : start + logits.shape[1]].to(logits.device)
+        self._real = mask[:, positions].to(logits.device)
         scores = logits[self._real].float().log_softmax(-1)
         self._shares = scores.exp()
         self._entropy = -torch.linalg.vecdot(self._shares, scores)

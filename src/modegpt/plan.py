@@ -35,7 +35,7 @@ from .journal import left_behind
 from .methods import METHODS
 from .mixture import Mixture
 from .parallel import processes, processes_here
-from .profile import PROBE_LENGTH, PROBE_TOKENS, probe_windows
+from .profile import PROBE_LENGTH, PROBE_STEP, PROBE_TOKENS, probe_windows
 from .rates import Rates, measured_rates
 from .runner import HEAD_POSITIONS
 from .sources import ModelSource, empty_model
@@ -381,7 +381,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
         forward = (tokens * dense if method.statistics else 0) + probe * dense * streams / 2
-        heads = probe * streams * head_flops(sizes.hidden, shape.vocabulary)
+        heads = probe / PROBE_STEP * streams * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
     elif (passes := method.removal_passes(sizes.layers, _ratio(config))) is not None:
         runs, heads = passes

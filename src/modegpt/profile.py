@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PROBED_SHARE = 0.5
 #: Tokens that sensitivities are measured on, in windows of at most :data:`PROBE_LENGTH`.
 PROBE_TOKENS, PROBE_LENGTH = 2048, 1024
+#: Every second prediction is compared: neighbours say much the same, and the head takes as long as several layers.
+PROBE_STEP = 2
 #: A module of a layer.
 Place = tuple[int, Module]
 
@@ -132,12 +134,12 @@ class Profiler:
         totals = torch.zeros(len(self._streams) + 1, dtype=torch.float64)
         with self._runner.active():
             for number, batch in enumerate(self._batches):
-                for start, logits in self._runner.head(number, self._clean):
-                    loss.add(logits, batch, start)
-                    dense = Predictions(logits, batch, start)
+                for positions, logits in self._runner.head(number, self._clean, PROBE_STEP):
+                    loss.add(logits, batch, positions)
+                    dense = Predictions(logits, batch, positions)
                     totals[-1] += dense.count
                     for slot, stream in enumerate(self._streams.values()):
-                        other = self._runner.logits(number, stream, start, logits.shape[1])
+                        other = self._runner.logits(number, stream, positions)
                         totals[slot] += dense.divergence(other)
         self._engine.workers.sum(totals)
         self._engine.workers.sum(loss.totals)

@@ -86,27 +86,26 @@ class LayerRunner:
         if failures:
             raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
 
-    def head(self, number: int, hidden: Activations) -> Iterator[tuple[int, torch.Tensor]]:
-        """The logits (B, n, vocabulary) of batch ``number`` whose last layer gave ``hidden``, and where they start.
+    def head(self, number: int, hidden: Activations, step: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The logits (B, n, vocabulary) of batch ``number`` whose last layer gave ``hidden``, and their positions.
 
-        A few positions at a time: the logits of a whole window can take more memory than a layer.
+        Of every ``step``-th position, a few at a time: the logits of a whole window can take more memory than a layer.
         """
         state = hidden.get(number)
         assert state is not None
-        for start in range(0, state.shape[1], HEAD_POSITIONS):
-            yield start, self.logits(number, hidden, start, min(HEAD_POSITIONS, state.shape[1] - start))
+        for start in range(0, state.shape[1], step * HEAD_POSITIONS):
+            positions = slice(start, start + step * HEAD_POSITIONS, step)
+            yield positions, self.logits(number, hidden, positions)
 
     @torch.no_grad()
-    def logits(self, number: int, hidden: Activations, start: int, count: int) -> torch.Tensor:
-        """The logits (B, ``count``, vocabulary) of the positions from ``start``."""
+    def logits(self, number: int, hidden: Activations, positions: slice) -> torch.Tensor:
+        """The logits (B, n, vocabulary) of these ``positions``."""
         state = hidden.get(number)
         assert state is not None
         self._live, self._hidden = None, state.to(self._model.device)
         try:
-            positions = torch.arange(start, start + count, device=self._model.device)
-            logits: torch.Tensor = self._forward(
-                self._model.model, self._batches[number], logits_to_keep=positions
-            ).logits
+            kept = torch.arange(state.shape[1], device=self._model.device)[positions]
+            logits: torch.Tensor = self._forward(self._model.model, self._batches[number], logits_to_keep=kept).logits
             return logits
         finally:
             self._hidden = None

@@ -70,8 +70,8 @@ def losses_without(engine: Engine, gone: list[int]) -> list[tuple[int, float]]:
         for index, stream in streams.items():
             loss = Loss()
             for number, batch in enumerate(batches):
-                for start, logits in runner.head(number, stream):
-                    loss.add(logits, batch, start)
+                for positions, logits in runner.head(number, stream):
+                    loss.add(logits, batch, positions)
             engine.workers.sum(loss.totals)
             losses.append((index, loss.mean()))
     return losses
