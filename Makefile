@@ -23,7 +23,8 @@ test-oldest: requirements.txt
 	$(MAKE) VENV=$(OLDEST) $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pip install --quiet "transformers==5.16.0" "huggingface_hub>=1.31,<2"
 	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_inference.py tests/test_norm.py \
-		tests/test_experts.py tests/test_engine.py tests/test_statistics.py tests/test_compressed_model.py
+		tests/test_experts.py tests/test_engine.py tests/test_statistics.py tests/test_compressed_model.py \
+		tests/test_factorised.py tests/test_slicegpt.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

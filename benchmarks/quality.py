@@ -15,7 +15,7 @@ Nothing is chosen by what perplexity is measured on: the temperatures are given.
 lines, as papers do, which gives other windows than a file with single line breaks.) The time of a compression is the
 processor's, in units of that of a dense forward pass over the calibration tokens, just before it. Writes
 ``results/quality.json`` and ``results/quality.md`` after every row; started again after an interruption, it goes on
-with the rows that are missing, or that lack some of the texts.
+with the rows that are missing, or that lack some of the texts; ``--methods`` and ``--ratios`` do some of them first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import itertools
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--model", default=default_model())
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--methods", nargs="+", default=sorted({setting[0] for setting in SETTINGS}))
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--test-samples", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=2048)
@@ -105,7 +106,7 @@ def main() -> None:
     dense = {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
     print(f"dense: {dense}; {len(rows)} rows are there already", flush=True)
     results["dense_perplexity"] = dense[TEST]
-    for setting in missing_settings(rows, arguments.ratios, files):
+    for setting in missing_settings(rows, arguments.ratios, files, arguments.methods):
         config = CompressionConfig.validated(**setting)
         result, forwards = run.compress(config)
         report = build_report(model, result, config, calibration, command="benchmarks/quality.py")
@@ -120,7 +121,7 @@ def main() -> None:
         }
         keep(rows, setting, row)
         print(json.dumps(row), flush=True)
-        write(results, arguments.output, arguments.ratios)
+        write(results, arguments.output, sorted({*RATIOS, *arguments.ratios}))
 
 
 class Run:
@@ -186,9 +187,13 @@ def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows], dens
     return {"perplexity": found[TEST], "dense_perplexity": dense[TEST], "texts": others}
 
 
-def missing_settings(rows: list[Row], ratios: Sequence[float], texts: Mapping[str, str]) -> Iterator[Row]:
-    """The settings without a row, or with one that lacks some of ``texts``."""
+def missing_settings(
+    rows: list[Row], ratios: Sequence[float], texts: Mapping[str, str], methods: Collection[str]
+) -> Iterator[Row]:
+    """The settings of ``methods`` without a row, or with one that lacks some of ``texts``."""
     for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, ratios):
+        if method not in methods:
+            continue
         setting: Row = {"method": method, "allocation": allocation, "temperature": temperature}
         setting |= {"statistics": statistics, "ratio": ratio}
         known = next((row for row in rows if row.items() >= setting.items()), None)

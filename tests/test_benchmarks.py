@@ -82,14 +82,15 @@ NEW = OLD | {
 
 def test_rows_without_some_of_the_texts_are_measured_again(quality: ModuleType) -> None:
     def asked(*texts: str) -> list[Any]:
-        rows = quality.missing_settings([OLD, NEW], [0.1, 0.3], dict.fromkeys(texts, ""))
+        rows = quality.missing_settings([OLD, NEW], [0.1, 0.3], dict.fromkeys(texts, ""), ["greedy"])
         return [row["ratio"] for row in rows if (row["method"], row["allocation"]) == ("greedy", "uniform")]
 
     assert asked() == []
     assert asked("ptb") == [0.1]
     assert asked("ptb", "alpaca") == [0.1, 0.3]
-    everything = list(quality.missing_settings([], [0.1, 0.3], {}))
+    everything = list(quality.missing_settings([], [0.1, 0.3], {}, {setting[0] for setting in quality.SETTINGS}))
     assert len(everything) == 2 * len(quality.SETTINGS)
+    assert {row["method"] for row in quality.missing_settings([], [0.1], {}, ["obc", "flap"])} == {"obc", "flap"}
 
 
 def test_a_row_measured_again_takes_the_place_of_the_old_one(quality: ModuleType) -> None:
