@@ -110,6 +110,9 @@ class ModelSource:
         model = self._read(load, "weights")
         if self.is_gguf:
             _forget_quantization(model)
+        family = FAMILIES.get(model.config.model_type)
+        if family is not None and family.description.softcap:  # which older Transformers leave out without a word
+            model.set_attn_implementation("eager")
         model.to(device).eval()  # type: ignore[arg-type]
         return model
 
