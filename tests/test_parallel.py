@@ -511,7 +511,7 @@ def test_hidden_states_that_only_some_workers_have_are_not_used(
 
     with patch.object(LayerSolver, "ladders", interrupted_solve):
         assert run_cli(*arguments).code == 130
-    with patch.object(Engine, "_everywhere", lambda self, true: False):
+    with patch.object(Engine, "everywhere", lambda self, true: False):
         assert run_cli(*arguments).code == 0
     assert_same_result(tmp_path / "small", alone / "sequential")
 
