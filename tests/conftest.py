@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,23 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[[str], Path]:
+    """Makes a row's stock checkpoint with a tokenizer, as a Hugging Face directory. Not to be changed."""
+    from family_table import BY_NAME
+    from helpers import tiny_tokenizer
+
+    tokenizer, scratch = tiny_tokenizer(text_file.read_text()), tmp_path_factory.mktemp("checkpoints")
+
+    def make(name: str) -> Path:
+        if not (scratch / name).exists():
+            BY_NAME[name].build(vocab_size=len(tokenizer) + 8).save_pretrained(scratch / name)
+            tokenizer.save_pretrained(scratch / name)
+        return scratch / name
+
+    return make
 
 
 @pytest.fixture

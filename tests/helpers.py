@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,8 +18,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+import modegpt
 from modegpt import cli
 from modegpt.config import RunConfig
 from modegpt.data import TokenWindows
@@ -170,3 +172,41 @@ def compress_interrupted(config: RunConfig) -> CompressionReport:
     assert kept == [0, 1, 2]
     assert not work_directory(config.output).exists()
     return report
+
+
+REMOTE = """
+import sys, torch
+sys.modules["modegpt"] = None  # as if it were not installed
+from transformers import AutoModel, AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+    AutoModel.from_pretrained(directory, trust_remote_code=True)
+    model.save_pretrained(directory + "-again")
+    with torch.no_grad():
+        torch.save(model(torch.load(directory + "/ids.pt")).logits, directory + "/logits.pt")
+"""
+
+
+def assert_loads_alone(models: Mapping[str, PreTrainedModel], ids: torch.Tensor, scratch: Path) -> None:
+    """Where modegpt is not installed, saved ``models`` give the same logits and can be saved again, complete."""
+    for name, model in models.items():
+        modegpt.save(model, scratch / name)
+        torch.save(ids, scratch / name / "ids.pt")
+    environment = os.environ | {"HF_HOME": str(scratch / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    paths = [str(scratch / name) for name in models]
+    done = subprocess.run([sys.executable, "-c", REMOTE, *paths], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for name, model in models.items():
+        expected = logits_of(model, ids)
+        torch.testing.assert_close(torch.load(scratch / name / "logits.pt"), expected, rtol=1e-6, atol=1e-6, msg=name)
+        again = scratch / f"{name}-again"
+        assert {path.name for path in again.glob("*.py")} == {path.name for path in (scratch / name).glob("*.py")}
+        assert torch.equal(logits_of(modegpt.load(again), ids), expected), name
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits (B, T, vocabulary) of windows without padding."""
+    logits = model(input_ids=ids).logits
+    assert isinstance(logits, torch.Tensor)
+    return logits

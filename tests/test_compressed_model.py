@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, pipeline
 
 import modegpt
-from helpers import tiny_llama, tiny_tokenizer
+from helpers import assert_loads_alone, tiny_llama, tiny_tokenizer
 from modegpt import modeling
 from modegpt.budget import LayerRanks
 from modegpt.data import TokenWindows
@@ -113,29 +111,8 @@ def test_config_keeps_the_dense_values_and_gives_widths_per_layer(saved: Path) -
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
-REMOTE = """
-import sys, torch
-sys.modules["modegpt"] = None  # as if it were not installed
-from transformers import AutoModel, AutoModelForCausalLM
-directory, ids, result, resaved = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-AutoModel.from_pretrained(directory, trust_remote_code=True)
-model.save_pretrained(resaved)
-with torch.no_grad():
-    torch.save(model(torch.load(ids)).logits, result)
-"""
-
-
 def test_loads_without_modegpt_installed(saved: Path, tmp_path: Path) -> None:
-    torch.save(IDS, tmp_path / "ids.pt")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    arguments = [saved, tmp_path / "ids.pt", tmp_path / "logits.pt", tmp_path / "resaved"]
-    subprocess.run([sys.executable, "-c", REMOTE, *map(str, arguments)], check=True, env=environment)
-    expected = logits(modegpt.load(saved))
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-6, atol=1e-6)
-    # Saved again from the remote code, it is still complete, with and without modegpt.
-    assert {path.name for path in saved.glob("*.py")} == {path.name for path in (tmp_path / "resaved").glob("*.py")}
-    assert torch.equal(logits(modegpt.load(tmp_path / "resaved")), expected)
+    assert_loads_alone({"alone": modegpt.load(saved)}, IDS, tmp_path)
 
 
 def test_travelling_code_needs_nothing_but_torch_and_transformers(saved: Path) -> None:

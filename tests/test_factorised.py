@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import modegpt
 from family_table import BY_NAME, ROWS, attention_of, has_experts, layers_of
-from helpers import compress_arguments, run_cli, tiny_llama
+from helpers import assert_loads_alone, compress_arguments, run_cli, tiny_llama
 from modegpt.budget import LayerRanks, kept_parameters, whole
 from modegpt.config import CompressionConfig, RunConfig
 from modegpt.data import TokenWindows
@@ -200,33 +197,12 @@ def test_gradients_reach_every_parameter() -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in small.parameters() if p.requires_grad)
 
 
-REMOTE = """
-import sys, torch
-sys.modules["modegpt"] = None  # as if it were not installed
-from transformers import AutoModelForCausalLM
-for directory in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-    model.save_pretrained(directory + "-again")
-    with torch.no_grad():
-        torch.save(model(torch.load(directory + "/ids.pt")).logits, directory + "/logits.pt")
-"""
-
-
 def test_loads_without_modegpt_installed(tmp_path: Path) -> None:
     models = {
         name: compress_to(dense(name), JointRankK(), shares(dense(name), JointRankK(), 0.5, 0.5, 0.5)).model
         for name in ("llama-biases", "phi3", "opt", "gpt2")
     }
-    for name, model in models.items():
-        modegpt.save(model, tmp_path / name)
-        torch.save(windows(4, seed=2).ids, tmp_path / name / "ids.pt")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    paths = [str(tmp_path / name) for name in models]
-    subprocess.run([sys.executable, "-c", REMOTE, *paths], check=True, env=environment)
-    for name, model in models.items():
-        found = torch.load(tmp_path / name / "logits.pt")
-        torch.testing.assert_close(found, logits(model), rtol=1e-6, atol=1e-6, msg=name)
-        assert torch.equal(logits(modegpt.load(tmp_path / f"{name}-again")), logits(model))
+    assert_loads_alone(models, windows(4, seed=2).ids, tmp_path)
 
 
 @pytest.fixture(scope="module")

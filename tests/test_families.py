@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -33,7 +31,7 @@ from family_table import (
     rotating_channels,
     rotating_pairs,
 )
-from helpers import compress_interrupted, tiny_tokenizer
+from helpers import assert_loads_alone, compress_interrupted, tiny_tokenizer
 from modegpt.activations import Activations
 from modegpt.budget import LayerRanks, kept_parameters, ranks_of
 from modegpt.config import CompressionConfig, RunConfig
@@ -794,16 +792,6 @@ def assert_equal(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tor
         assert torch.equal(tensor, expected[name]), name
 
 
-REMOTE = """
-import sys, torch
-from pathlib import Path
-sys.modules["modegpt"] = None  # as if it were not installed
-from transformers import AutoModelForCausalLM
-for directory in map(Path, sys.argv[1:]):
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-    with torch.no_grad():
-        torch.save(model(torch.load(directory / "ids.pt")).logits, directory / "logits.pt")
-"""
 REMOTE_ROWS = [
     "llama-biases",
     "gemma2",
@@ -818,15 +806,8 @@ REMOTE_ROWS = [
 
 
 def test_loads_without_modegpt_installed(tmp_path: Path) -> None:
-    for name in REMOTE_ROWS:
-        modegpt.save(compressed(name), tmp_path / name)
-        torch.save(windows(4, seed=2).ids, tmp_path / name / "ids.pt")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    paths = [str(tmp_path / name) for name in REMOTE_ROWS]
-    subprocess.run([sys.executable, "-c", REMOTE, *paths], check=True, env=environment)
-    for name in REMOTE_ROWS:
-        found = torch.load(tmp_path / name / "logits.pt")
-        torch.testing.assert_close(found, logits(compressed(name)), rtol=1e-6, atol=1e-6, msg=name)
+    models = {name: compressed(name) for name in REMOTE_ROWS}
+    assert_loads_alone(models, windows(4, seed=2).ids, tmp_path)
 
 
 # The whole way

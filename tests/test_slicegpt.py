@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,7 +18,7 @@ from transformers import PreTrainedModel
 
 import modegpt
 from family_table import BY_NAME, ROWS, layers_of
-from helpers import random_text, run_cli, tiny_llama, tiny_tokenizer, token_windows
+from helpers import assert_loads_alone, random_text, run_cli, tiny_llama, token_windows
 from modegpt.activations import DiskActivations
 from modegpt.budget import kept_parameters
 from modegpt.config import CompressionConfig, RunConfig
@@ -185,20 +183,6 @@ def test_errors_are_the_share_of_energy_that_is_lost() -> None:
 # The whole way
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[[str], Path]:
-    """Makes a row's stock checkpoint with a tokenizer, as a Hugging Face directory."""
-    tokenizer, scratch = tiny_tokenizer(text_file.read_text()), tmp_path_factory.mktemp("checkpoints")
-
-    def make(name: str) -> Path:
-        if not (scratch / name).exists():
-            BY_NAME[name].build(vocab_size=len(tokenizer) + 8).save_pretrained(scratch / name)
-            tokenizer.save_pretrained(scratch / name)
-        return scratch / name
-
-    return make
-
-
 OPTIONS = {"method": "slicegpt", "ratio": 0.3, "samples": 6, "sequence_length": 32, "batch_size": 4}
 
 
@@ -344,30 +328,9 @@ def test_a_damaged_layer_is_done_again(checkpoint: Callable[[str], Path], text_f
     torch.testing.assert_close(*files, rtol=0, atol=0)
 
 
-REMOTE = """
-import sys, torch
-sys.modules["modegpt"] = None  # as if it were not installed
-from transformers import AutoModelForCausalLM
-for directory in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-    model.save_pretrained(directory + "-again")
-    with torch.no_grad():
-        torch.save(model(torch.load(directory + "/ids.pt")).logits, directory + "/logits.pt")
-"""
-
-
 def test_loads_without_modegpt_installed(tmp_path: Path) -> None:
     models = {name: compress_to(dense(name), 20).model for name in ("llama-tied", "phi3", "gemma")}
-    for name, model in models.items():
-        modegpt.save(model, tmp_path / name)
-        torch.save(token_windows(4, seed=2).ids, tmp_path / name / "ids.pt")
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    paths = [str(tmp_path / name) for name in models]
-    subprocess.run([sys.executable, "-c", REMOTE, *paths], check=True, env=environment, stderr=subprocess.DEVNULL)
-    for name, model in models.items():
-        found = torch.load(tmp_path / name / "logits.pt")
-        torch.testing.assert_close(found, logits(model), rtol=1e-6, atol=1e-6, msg=name)
-        assert torch.equal(logits(modegpt.load(tmp_path / f"{name}-again")), logits(model))
+    assert_loads_alone(models, token_windows(4, seed=2).ids, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import modegpt
 from family_table import BY_NAME, heads_of, layers_of, mlps_of
-from helpers import compress_interrupted, run_cli, tiny_llama, tiny_tokenizer, token_windows
+from helpers import compress_interrupted, run_cli, tiny_llama, token_windows
 from modegpt.budget import kept_parameters
 from modegpt.config import CompressionConfig, RunConfig
 from modegpt.engine import Compression, Engine, compress_model
@@ -49,20 +49,6 @@ NAMES = [
     "mixtral",
     "qwen3-moe",
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[[str], Path]:
-    """Makes a row's stock checkpoint with a tokenizer, as a Hugging Face directory."""
-    tokenizer, scratch = tiny_tokenizer(text_file.read_text()), tmp_path_factory.mktemp("checkpoints")
-
-    def make(name: str) -> Path:
-        if not (scratch / name).exists():
-            BY_NAME[name].build(vocab_size=len(tokenizer) + 8).save_pretrained(scratch / name)
-            tokenizer.save_pretrained(scratch / name)
-        return scratch / name
-
-    return make
 
 
 def saved(directory: Path, report: CompressionReport) -> int:

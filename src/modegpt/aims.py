@@ -33,7 +33,7 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
     if config.target_parameters is None and config.target_size is None:
         return config
     layers = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    if METHODS[config.method].slices_stream:
+    if "stream" in METHODS[config.method].modules:
         option = "--target-size" if config.target_parameters is None else "--target-parameters"
         raise InvalidRequest(f"{option}: --method {config.method} resizes the embeddings too; give --ratio")
     blocks = sum(layer.parameters for layer in layers)

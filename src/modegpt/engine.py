@@ -27,7 +27,7 @@ from .config import CompressionConfig
 from .data import TokenWindows
 from .errors import NumericalError
 from .evaluation import Loss
-from .families import model_geometry, values_of_layers
+from .families import is_capped, model_geometry, values_of_layers
 from .journal import Journal
 from .kept import Kept, unpacked
 from .layered import LayeredModel, place, resident
@@ -40,7 +40,7 @@ from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import LayerRunner
 from .scores import block_influence
 from .solving import LayerSolver, Tensors
-from .statistics import LayerStatistics, Statistic, StatisticsCollector, is_capped, observable
+from .statistics import LayerStatistics, Statistic, StatisticsCollector, observable
 from .weights import copy_rest
 
 

@@ -13,8 +13,8 @@ from .data import TokenWindows
 from .errors import InvalidRequest, NumericalError
 from .progress import Progress
 
+#: All positions of a window.
 EVERYWHERE = slice(None)
-"""All positions of a window."""
 
 
 class Loss:

@@ -102,6 +102,12 @@ def family_of(model: PreTrainedModel) -> CompressedFamily:
     return FAMILIES[model.config.model_type]
 
 
+def is_capped(model: PreTrainedModel) -> bool:
+    """Whether the family soft-caps attention logits, which older Transformers' SDPA kernels leave out silently."""
+    family = FAMILIES.get(model.config.model_type)
+    return family is not None and family.description.softcap is not None
+
+
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder without its head."""
     base = model.base_model

@@ -294,7 +294,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     logits = 0
     if config.evaluate != NONE:
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
-    narrow = round(kept * shape.vocabulary * shape.sizes.hidden) if method.slices_stream else 0
+    narrow = round(kept * shape.vocabulary * shape.sizes.hidden) if "stream" in method.modules else 0
     return [
         Part(name="embeddings and head", bytes=(shape.rest + narrow) * shape.item),
         Part(name="two layers", bytes=2 * shape.layer * shape.item),
@@ -309,7 +309,7 @@ def _disk(config: RunConfig, shape: Shape) -> list[Part]:
     if isinstance(config, ProfileConfig):
         return statistics
     rest = shape.rest
-    if METHODS[config.method].slices_stream:  # embeddings, narrower, and a head, which are tied no longer
+    if "stream" in METHODS[config.method].modules:  # embeddings, narrower, and a head, which are tied no longer
         rest = round((2 - _ratio(config)) * shape.vocabulary * shape.sizes.hidden)
     weights = round((1 - _ratio(config)) * shape.layers) + rest * shape.item
     # Finished layers stay until the checkpoint made of them is in its place.

@@ -71,20 +71,17 @@ class LayerRunner:
         ``before`` is called with each batch, ``after`` with the batch and the layer's input and output (B, T, d).
         Raises :class:`NumericalError` for every worker where any of them saw NaN or infinity.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self._model.device)
+        check = Finite(self._model.device)
         for number, batch in enumerate(self._batches):
             if before is not None:
                 before(batch)
             entering, leaving = self._run(index, batch, hidden.get(number))
-            finite = finite & leaving.isfinite().all()
+            check.see(leaving)
             if after is not None:
                 after(batch, entering, leaving)
             if keep:
                 hidden.put(number, leaving)
-        failures = (~finite).long()
-        self._workers.sum(failures)
-        if failures:
-            raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
+        check.agree(self._workers, f"layer {index}: NaN or infinite activations in the layer's output")
 
     def head(self, number: int, hidden: Activations, step: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
         """The logits (B, n, vocabulary) of batch ``number`` whose last layer gave ``hidden``, and their positions.
@@ -154,6 +151,24 @@ def ending_at(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class Finite:
+    """Whether all that was seen is finite, asked once at the end: asking would make a GPU wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def see(self, x: torch.Tensor) -> None:
+        """Look at ``x``."""
+        self._finite = self._finite & x.isfinite().all()
+
+    def agree(self, workers: Workers, problem: str) -> None:
+        """Raise :class:`NumericalError` with ``problem`` on every worker where any of them saw NaN or infinity."""
+        failures = (~self._finite).long()
+        workers.sum(failures)
+        if failures:
+            raise NumericalError(problem)
 
 
 class Capture:

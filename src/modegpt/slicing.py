@@ -32,7 +32,7 @@ from .layout import HeadShape
 from .likeness import forward_code
 from .modeling import NORMS, Family
 from .results import Choice, LayerResult, ModuleResult
-from .runner import ending_at, real_rows
+from .runner import Finite, ending_at, real_rows
 from .statistics import GramSum
 from .weights import (
     cast_like,
@@ -216,20 +216,17 @@ class Slicer:
         engine, gram = self._engine, self._gram()
         states = _Projected(self._middle, self._projection(here), self._hidden)
         parts: Any = layer
-        finite = torch.ones((), dtype=torch.bool, device=engine.dense.device)
+        check = Finite(engine.dense.device)
         for number, batch in enumerate(engine.batches):
             state = states.get(number)
             assert state is not None
             state = state.to(engine.dense.device)
             leaving = state + parts.mlp(getattr(layer, NORMS[1])(state))
-            finite = finite & leaving.isfinite().all()
+            check.see(leaving)
             gram.add(real_rows(leaving, batch))
             if keep:
                 states.put(number, leaving)
-        failures = (~finite).long()
-        engine.workers.sum(failures)
-        if failures:
-            raise NumericalError(f"layer {index}: NaN or infinite activations in the layer's output")
+        check.agree(engine.workers, f"layer {index}: NaN or infinite activations in the layer's output")
         return self._directions(gram)
 
     def _write(

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from .errors import CheckpointError, InvalidRequest
-from .families import decoder_layers, family_of
+from .families import decoder_layers, family_of, is_capped
 from .layered import LayeredModel
 from .modeling import FAMILIES, recognise
 from .stored import (
@@ -110,8 +110,7 @@ class ModelSource:
         model = self._read(load, "weights")
         if self.is_gguf:
             _forget_quantization(model)
-        family = FAMILIES.get(model.config.model_type)
-        if family is not None and family.description.softcap:  # which older Transformers leave out without a word
+        if is_capped(model):
             model.set_attn_implementation("eager")
         model.to(device).eval()  # type: ignore[arg-type]
         return model

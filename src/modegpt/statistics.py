@@ -25,9 +25,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .data import TokenWindows
+from .families import is_capped
 from .layout import HeadShape, expert_count, query_key_value
 from .logits import attended, logit_features
-from .modeling import FAMILIES, Family, is_joint
+from .modeling import Family, is_joint
 from .parallel import Workers
 
 #: Tokens whose products are summed in float32 before they join the float64 sum.
@@ -193,11 +194,6 @@ def _observing(implementation: str) -> str:
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name
-
-
-def is_capped(model: PreTrainedModel) -> bool:
-    """Whether the family soft-caps attention logits, which SDPA kernels leave out without a word."""
-    return FAMILIES[model.config.model_type].description.softcap is not None
 
 
 @contextmanager

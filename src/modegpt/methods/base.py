@@ -117,8 +117,6 @@ class Method(ABC):
     """What the solvers read."""
     one_pass: ClassVar[bool] = False
     """Whether one pass over the dense layers is all that choosing and compressing take together."""
-    slices_stream: ClassVar[bool] = False
-    """Whether the embeddings become narrower than the head, which they can no longer be tied to."""
 
     @classmethod
     def from_config(cls, config: CompressionConfig) -> Self:

@@ -68,7 +68,6 @@ class SliceGPT(Method, OwnAllocation):
     allocations = ("own",)
     statistics = frozenset({"attention_input", "mlp_input"})
     one_pass = True
-    slices_stream = True
 
     def solvers(self) -> Mapping[Module, Solver]:
         """Nothing in a layer is solved by itself."""
