@@ -1,11 +1,11 @@
-r"""What each choice of the greedy method brings, one at a time and together, at one ratio.
+r"""What each choice of the greedy method brings, one at a time and together.
 
     python benchmarks/gains.py --train TRAIN.txt.gz --test TEST.txt.gz --texts ptb=PTB_TEST.txt.gz
 
 Every row takes the solvers of the module types that it names from ``greedy`` and the others from ``modegpt``, the
-paper's method. Texts, windows and model are those of
-``quality.py``. The loss is ln(perplexity / dense perplexity). Writes ``results/gains.json`` and ``results/gains.md``;
-started again after an interruption, it goes on with the rows that are missing.
+paper's method; the last row but one has the greedy solvers with the ridge of the others. Texts, windows and model are
+those of ``quality.py``. The loss is ln(perplexity / dense perplexity). Writes ``results/gains.json`` and
+``results/gains.md``; started again after an interruption, it goes on with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -19,69 +19,88 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from benchmark_texts import command_of, parser_of_texts, prepared
+from modegpt.budget import Module
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.engine import Engine
 from modegpt.evaluation import perplexity
 from modegpt.layered import resident
-from modegpt.methods import METHODS, Method
+from modegpt.methods import Greedy, ModeGPT
+from modegpt.methods.base import Solver
 from results_file import RESULTS, header, table, write
 
-SOLVERS = {"Type I": "mlp", "Type II": "query_key", "Type III": "value_output"}
-#: What is ours, the allocation and its temperature.
-STEPS: tuple[tuple[tuple[str, ...], str, Any], ...] = (
-    ((), "uniform", "auto"),
-    (("Type I",), "uniform", "auto"),
-    (("Type II",), "uniform", "auto"),
-    (("Type III",), "uniform", "auto"),
-    (tuple(SOLVERS), "uniform", "auto"),
-    ((), "block-influence", 0.03),
-    (tuple(SOLVERS), "block-influence", 0.03),
-    ((), "sensitivity", "auto"),
-    (tuple(SOLVERS), "sensitivity", "auto"),
+SOLVERS: dict[str, Module] = {"Type I": "mlp", "Type II": "qk", "Type III": "vo"}
+ALL, PAPERS, OWN = tuple(SOLVERS), ModeGPT.default_ridge, Greedy.default_ridge
+#: What is ours and with which ridge, the allocation and its temperature.
+STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
+    ((), PAPERS, "uniform", "auto"),
+    (("Type I",), OWN, "uniform", "auto"),
+    (("Type II",), OWN, "uniform", "auto"),
+    (("Type III",), OWN, "uniform", "auto"),
+    (ALL, OWN, "uniform", "auto"),
+    ((), PAPERS, "block-influence", 0.03),
+    (ALL, OWN, "block-influence", 0.03),
+    ((), PAPERS, "sensitivity", "auto"),
+    (ALL, PAPERS, "sensitivity", "auto"),
+    (ALL, OWN, "sensitivity", "auto"),
 )
 
 
-def mixed(ours: Sequence[str], config: CompressionConfig) -> Method:
-    """The paper's method with ``ours`` of its solvers from the greedy method."""
-    paper, greedy = METHODS["modegpt"], METHODS["greedy"]
-    solvers = {name: getattr(greedy, name) for name in (SOLVERS[kind] for kind in ours)}
-    statistics = paper.statistics | greedy.statistics if ours else paper.statistics
-    return type("Mixed", (paper,), {"statistics": statistics, **solvers}).from_config(config)
+class Mixed(ModeGPT):
+    """The paper's method with the solvers of some modules from the greedy method, each with its own ridge."""
+
+    def __init__(self, ours: Sequence[str], ridge: float) -> None:
+        super().__init__(self.default_ridge)
+        greedy = Greedy(ridge)
+        self._solvers = {**super().solvers(), **{SOLVERS[kind]: greedy.solvers()[SOLVERS[kind]] for kind in ours}}
+        self.statistics = ModeGPT.statistics | Greedy.statistics if ours else ModeGPT.statistics
+
+    def solvers(self) -> Mapping[Module, Solver]:
+        """Those chosen."""
+        return self._solvers
 
 
 def main() -> None:
     """Measure every row and write the results file."""
     parser = parser_of_texts(__doc__, RESULTS / "gains.json")
-    parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.3])
     arguments = parser.parse_args()
     given = prepared(arguments)
 
     results: dict[str, Any] = header(parser, arguments, vars(arguments))
-    results["command"] = command_of(arguments, "benchmarks/gains.py", given.calibration) + f" --ratio {arguments.ratio}"
+    ratios = " ".join(map(str, arguments.ratios))
+    results["command"] = command_of(arguments, "benchmarks/gains.py", given.calibration) + f" --ratios {ratios}"
     hashes = {name: windows.sha256() for name, windows in given.texts.items()}
     results |= {"calibration": given.calibration.model_dump(), "tokens_sha256": hashes, "rows": []}
     results["rows"] = rows = previous_rows(arguments.output, results)
     results["dense"] = perplexities(given.model, given.texts)
-    for ours, allocation, temperature in STEPS:
-        row: dict[str, Any] = {"ours": list(ours), "allocation": allocation, "temperature": temperature}
-        if any(other.items() >= row.items() for other in rows):
-            continue
-        config = CompressionConfig.validated(
-            ratio=arguments.ratio,
-            method="greedy" if ours else "modegpt",  # whose sensitivities are measured
-            statistics="dense",
-            allocation=allocation,
-            temperature=temperature,
-        )
-        method = mixed(ours, config)
+    for ours, ridge, allocation, temperature in STEPS:
+        # All ratios share one profile.
         engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
-        with engine.active():
-            compressed = engine.compress(method, engine.choose_ranks(config), sequential=False).model
-        row["perplexity"] = perplexities(compressed, given.texts)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        write(results, arguments.output, text_of(results))
+        step: dict[str, Any] = {
+            "ours": list(ours),
+            "ridge": ridge,
+            "allocation": allocation,
+            "temperature": temperature,
+        }
+        for ratio in arguments.ratios:
+            row = {**step, "ratio": ratio}
+            if any(other.items() >= row.items() for other in rows):
+                continue
+            config = CompressionConfig.validated(
+                ratio=ratio,
+                method="greedy" if ours else "modegpt",  # whose sensitivities are measured
+                statistics="dense",
+                allocation=allocation,
+                temperature=temperature,
+                ridge=ridge,
+            )
+            with engine.active():
+                compressed = engine.compress(Mixed(ours, ridge), engine.choose_ranks(config), sequential=False).model
+            row["perplexity"] = perplexities(compressed, given.texts)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            write(results, arguments.output, text_of(results))
 
 
 def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows]) -> dict[str, float]:
@@ -99,21 +118,19 @@ def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def text_of(results: dict[str, Any]) -> str:
-    """The table."""
+    """The tables, one for each ratio."""
     dense, rows = results["dense"], results["rows"]
-    text = f"Calibrated on {results['calibration']['source']}. Dense: "
-    text += ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + ".\n\n"
-    columns = ["ours", "allocation", *(f"{kind} on {name}" for name in dense for kind in ("perplexity", "loss"))]
-    lines = []
-    for row in rows:
-        allocation = row["allocation"] + (f", {row['temperature']}" if row["temperature"] != "auto" else "")
-        cells = [
-            cell
-            for name, value in row["perplexity"].items()
-            for cell in (f"{value:.2f}", f"{math.log(value / dense[name]):.3f}")
-        ]
-        lines.append([", ".join(row["ours"]) or "nothing", allocation, *cells])
-    return text + table(columns, lines)
+    text = f"ln(perplexity / dense perplexity), calibrated on {results['calibration']['source']}. Dense perplexity: "
+    text += ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + ".\n"
+    for ratio in sorted({row["ratio"] for row in rows}):
+        lines = []
+        for row in (row for row in rows if row["ratio"] == ratio):
+            ours = ", ".join(row["ours"]) + (f" (ridge {row['ridge']:g})" if row["ours"] else "nothing")
+            allocation = row["allocation"] + (f", {row['temperature']}" if row["temperature"] != "auto" else "")
+            losses = [f"{math.log(value / dense[name]):.3f}" for name, value in row["perplexity"].items()]
+            lines.append([ours, allocation, *losses])
+        text += f"\n{ratio:.0%} removed:\n\n" + table(["ours", "allocation", *dense], lines)
+    return text
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def main() -> None:
             "all_parameters_removed": round(report.parameters.removed, 6),
             "parameters": int(report.parameters.compressed),
             "temperature_used": result.choice.temperature,
+            "ridge": config.ridge,
             **perplexities(result.model, texts, dense),
             "dense_forward_passes": round(forwards, 2),
         }
@@ -218,7 +219,6 @@ def header(arguments: argparse.Namespace, calibration: TextFacts, texts: Mapping
         "calibration": calibration.model_dump(),
         "test": facts.pop(TEST),
         "texts": facts,
-        "ridge": CompressionConfig.validated(ratio=0.5).ridge,
         "random_choices": "none: the windows are the first of each text" if calibration.mixture is None else "seed 0",
     }
 

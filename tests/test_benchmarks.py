@@ -6,6 +6,7 @@ import argparse
 import gzip
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -359,9 +360,9 @@ def test_gains_are_those_of_the_solvers_named(
 ) -> None:
     """Nothing of ours is ``modegpt``, all of ours is ``greedy``, and a second run measures nothing again."""
     gains = load("gains")
-    monkeypatch.setattr(gains, "STEPS", [step for step in gains.STEPS if step[1] == "uniform"])
+    monkeypatch.setattr(gains, "STEPS", [step for step in gains.STEPS if step[2] == "uniform"])
     options = {"--train": text_file, "--test": other_text_file, "--model": tiny_checkpoint, "--samples": 8}
-    options |= {"--test-samples": 2, "--sequence-length": 64, "--output": tmp_path / "gains.json"}
+    options |= {"--test-samples": 2, "--sequence-length": 64, "--output": tmp_path / "gains.json", "--ratios": 0.3}
     monkeypatch.setattr(sys, "argv", ["gains.py", *(str(word) for option in options.items() for word in option)])
     gains.main()
     written = json.loads((tmp_path / "gains.json").read_text())
@@ -374,7 +375,8 @@ def test_gains_are_those_of_the_solvers_named(
         config = CompressionConfig.validated(ratio=0.3, method=method, statistics="dense", allocation="uniform")
         assert perplexity(compress_model(model, train, config).model, test) == pytest.approx(found[ours], rel=1e-4)
     text = (tmp_path / "gains.md").read_text()
-    assert f"| Type I | uniform | {found['Type I']:.2f} |" in text
+    loss = math.log(found["Type I"] / written["dense"]["test"])
+    assert f"| Type I (ridge 0.01) | uniform | {loss:.3f} |" in text
     capsys.readouterr()
     gains.main()
     assert capsys.readouterr().out == ""

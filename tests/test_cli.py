@@ -591,7 +591,7 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
     del defaults["quiet"]
     assert defaults.pop("devices") == str(fields["devices"].default)
     decided_by_the_method = {name for name, field in fields.items() if field.default_factory}
-    assert decided_by_the_method == {"modules", "allocation", "statistics", "calibration", "evaluate"}
+    assert decided_by_the_method == {"modules", "allocation", "statistics", "ridge", "calibration", "evaluate"}
     assert {defaults.pop(name) for name in decided_by_the_method} == {None}
     assert defaults == {
         name: inspect.Parameter.empty if field.is_required() else field.default
@@ -603,10 +603,11 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 def test_what_is_not_given_is_what_suits_the_method(method: type[Method]) -> None:
     config = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name)
-    assert (config.modules, config.allocation, config.statistics) == (
+    assert (config.modules, config.allocation, config.statistics, config.ridge) == (
         method.modules,
         method.allocation,
         method.calibrated,
+        method.default_ridge,
     )
     for allocation in method.allocations:
         given = modegpt.CompressionConfig.validated(ratio=0.3, method=method.name, allocation=allocation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers import randn
 from modegpt.decompositions import (
     greedy_elimination,
     nystrom_decomposition,
@@ -13,8 +14,10 @@ from modegpt.decompositions import (
     ridge_leverage_scores,
     top_indices,
     unit_channels,
+    weight_energies,
 )
-from modegpt.methods import Greedy
+from modegpt.methods import Greedy, Method
+from modegpt.methods.greedy import DEAD
 from modegpt.statistics import LayerStatistics
 from modegpt.weights import MLPWeights
 
@@ -145,21 +148,41 @@ def test_nothing_is_decided_by_channels_without_energy() -> None:
     assert torch.equal(result.errors, torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64))
 
 
-def ours_and_the_papers(seed: int, rank: int, ridge: float) -> tuple[float, float]:
+def ours_and_the_papers(seed: int, rank: int) -> tuple[float, float]:
     """Our objective, and that of the paper's channels and output map."""
     activations, output = problem(seed, channels=8)
-    gram = activations.T @ activations
-    weights = MLPWeights((torch.zeros(3, 8),), (None,), output)
-    ours = Greedy(ridge).mlp(weights, LayerStatistics({"mlp": gram})).at(rank)
-    paper = nystrom_decomposition(gram, output, rank, ridge)
-    return ours.error, objective(regularised(gram, ridge), output, paper.kept, paper.output)
+    gram, inputs = activations.T @ activations, (randn(3, 8, seed=seed), randn(3, 8, seed=seed + 500))
+    inputs[0][:, 3] = 0  # a channel that weights alone would call dead
+    weights = MLPWeights(inputs, (None, None), output)
+    ours = Greedy(Greedy.default_ridge).mlp(weights, LayerStatistics({"mlp": gram})).at(rank)
+    paper = nystrom_decomposition(gram, output, rank, Method.default_ridge)
+    matrix = regularised(gram, Greedy.default_ridge, weight_energies(inputs).clamp_min(DEAD))
+    return ours.error, objective(matrix, output, paper.kept, paper.output)
 
 
 def test_never_worse_than_the_paper() -> None:
     for seed in range(200):
         for rank in (2, 4, 6):
-            ours, theirs = ours_and_the_papers(seed, rank, 1e-4)
+            ours, theirs = ours_and_the_papers(seed, rank)
             assert ours <= theirs * (1 + 1e-9), (seed, rank)
+
+
+def test_channels_that_the_text_never_uses_go_by_what_their_weights_could_do() -> None:
+    """Of channels without energy the one goes first that could have least, and a dead one before all others."""
+    activations, output = problem(1, channels=6)
+    activations[:, 2:] = 0
+    inputs = torch.ones(3, 6)
+    inputs[:, 3], inputs[:, 4], inputs[:, 5] = 0.5, 3, 0
+    weights = MLPWeights((inputs,), (None,), output / output.norm(dim=1, keepdim=True))
+    ladder = Greedy(1e-2).mlp(weights, LayerStatistics({"mlp": activations.T @ activations}))
+    kept = [set(ladder.at(rank).kept.tolist()) for rank in range(5, 1, -1)]
+    assert kept == [{0, 1, 2, 3, 4}, {0, 1, 2, 4}, {0, 1, 4}, {0, 1}]
+
+
+def test_energies_that_weights_suggest() -> None:
+    inputs = (torch.tensor([[1.0, 2.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    torch.testing.assert_close(weight_energies(inputs), torch.tensor([10.0, 72.0], dtype=torch.float64) / 41)
+    assert torch.equal(weight_energies((torch.zeros(2, 3),)), torch.zeros(3, dtype=torch.float64))
 
 
 def test_the_paper_is_followed_where_greedy_steps_lead_astray() -> None:
@@ -170,11 +193,11 @@ def test_the_paper_is_followed_where_greedy_steps_lead_astray() -> None:
         gram, output = activations.T @ activations, torch.eye(6, dtype=torch.float64)
         matrix = regularised(gram, 1e-2)
         greedy = refit(matrix, output, greedy_elimination(matrix, output).kept(2))[1]
-        chosen = top_indices(ridge_leverage_scores(gram, 1e-2), 2)
+        chosen = top_indices(ridge_leverage_scores(gram, Method.default_ridge), 2)
         paper = refit(matrix, output, chosen)[1]
         if paper < greedy * (1 - 1e-6):
             followed += 1
-            weights = MLPWeights((torch.zeros(3, 6),), (None,), output)
+            weights = MLPWeights((torch.ones(3, 6),), (None,), output)
             ours = Greedy(1e-2).mlp(weights, LayerStatistics({"mlp": gram})).at(2)
             assert ours.error == pytest.approx(paper)
             assert torch.equal(ours.kept, chosen)
@@ -185,6 +208,6 @@ def test_much_better_than_the_paper_where_output_rows_differ() -> None:
     _, output = problem(6)
     activations = torch.randn(TOKENS, M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gram = activations.T @ activations
-    weights = MLPWeights((torch.zeros(3, M),), (None,), output)
+    weights = MLPWeights((torch.ones(3, M),), (None,), output)
     ours = Greedy(1e-4).mlp(weights, LayerStatistics({"mlp": gram})).at(M // 2).error
     assert ours < 0.2 * nystrom_decomposition(gram, output, M // 2, 1e-4).error

@@ -71,7 +71,7 @@ def compress(
     ),
     owl_reach: Annotated[float, typer.Option(help=_help("owl_reach"), rich_help_panel=_HOW)] = _default("owl_reach"),
     statistics: Annotated[str | None, typer.Option(help=_help("statistics"), rich_help_panel=_HOW)] = None,
-    ridge: Annotated[float, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = _default("ridge"),
+    ridge: Annotated[float | None, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = None,
     joint_only: Annotated[bool, typer.Option("--joint-only", help=_help("joint_only"), rich_help_panel=_HOW)] = False,
     calibration: Annotated[str | None, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = None,
     samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),

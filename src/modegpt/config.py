@@ -137,9 +137,10 @@ class CompressionConfig(BaseModel):
         1, description="Round ranks to multiples of this many channels; 8 to 64 can suit a GPU's kernels better."
     )
     ridge: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
-        1e-4,
+        default_factory=_of_method(lambda method: method.default_ridge),
         description="Ridge of leverage scores, fits and whitening (lambda) in units of the mean channel energy, hence "
-        "scale-free.",
+        f"scale-free. By default {METHODS[DEFAULT_METHOD].default_ridge:g} for '{DEFAULT_METHOD}', "
+        f"{Method.default_ridge:g} for the others.",
     )
     joint_only: bool = Field(
         False,

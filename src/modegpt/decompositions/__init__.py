@@ -7,7 +7,7 @@ Orientation follows the paper: rows are tokens and a linear map is ``y = x W``.
 
 from .cr import CRDecomposition, channel_scores, couples, cr_decomposition
 from .elimination import Elimination, greedy_elimination, refit, regularised, unit_channels
-from .experts import with_pseudo_tokens
+from .experts import weight_energies, with_pseudo_tokens
 from .fluctuation import fluctuation, mean_contribution, standardised
 from .linalg import top_indices
 from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate
@@ -57,6 +57,7 @@ __all__ = [
     "top_indices",
     "unit_channels",
     "value_ladder",
+    "weight_energies",
     "whitening",
     "with_pseudo_tokens",
 ]

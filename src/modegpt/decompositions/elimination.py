@@ -2,7 +2,9 @@
 
 The objective is that of Theorem 1, made to prefer the weights as they are where the data do not decide:
 
-    J(S, W') = ||Z W_D - Z S W'||_F^2 + lambda ||W_D - S W'||_F^2 = tr(R^T A R),  R = W_D - S W',  A = C + lambda I
+    J(S, W') = ||Z W_D - Z S W'||_F^2 + lambda ||W_D - S W'||_P^2 = tr(R^T A R),  R = W_D - S W',  A = C + lambda P
+
+with ||R||_P^2 = tr(R^T P R), P = diag(p) the identity or what the weights suggest (:func:`weight_energies`).
 
 For given channels S the best W' is W_D[S] + (A_SS)^-1 A_SD W_D[D]. Leverage scores (Algorithm 1) do not see W_D. Here
 the next unit u to go, one channel or a block of neighbouring ones, is the one that raises J least once the others are
@@ -44,10 +46,13 @@ class Elimination:
         return mask.nonzero().flatten()
 
 
-def regularised(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """A = C + lambda I with lambda = ``ridge`` * tr(C) / m; C itself where it is zero."""
-    result = gram.clone()
-    result.diagonal().add_(ridge * gram.diagonal().mean())
+def regularised(gram: torch.Tensor, ridge: float, profile: torch.Tensor | None = None) -> torch.Tensor:
+    """A = C + lambda diag(p) with lambda = ``ridge`` * tr(C) / m; C itself where it is zero.
+
+    ``profile`` p (m,) is of mean 1; ones where not given.
+    """
+    result, strength = gram.clone(), ridge * gram.diagonal().mean()
+    result.diagonal().add_(strength if profile is None else strength * profile)
     return result
 
 

@@ -111,6 +111,8 @@ class Method(ABC):
     allocation: ClassVar[Allocation] = "uniform"
     calibrated: ClassVar[Calibrated] = "dense"
     """What it is used with where nothing else is asked for."""
+    default_ridge: ClassVar[float] = 1e-4
+    """Where no ridge is given, of those methods that have one."""
     allocations: ClassVar[tuple[Allocation, ...]] = SHARED_ALLOCATIONS
     """What it can be used with; ``own`` is for an :class:`OwnAllocation`."""
     statistics: ClassVar[frozenset[Statistic]]

@@ -22,13 +22,16 @@ from ..decompositions import (
     ridge_leverage_scores,
     top_indices,
     value_ladder,
+    weight_energies,
 )
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import ChannelMethod, Ladder, Ridged, Solution
+from .base import ChannelMethod, Ladder, Method, Ridged, Solution
 
 #: Of the logits' features, in units of each one's variance.
 LOGIT_RIDGE = 1e-2
+#: What the ridge takes a channel's energy to be at least, in units of the mean: one with weights of zero has none.
+DEAD = 1e-2
 
 
 class Greedy(Ridged, ChannelMethod):
@@ -41,6 +44,7 @@ class Greedy(Ridged, ChannelMethod):
     name = "greedy"
     summary = "channels and rotary pairs go one by one, those that stay are re-fitted; values as heads put them out"
     allocation = "sensitivity"
+    default_ridge = 1e-2
     statistics = frozenset({"mlp", "query", "key", "logits", "head_outputs"})
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
@@ -50,14 +54,15 @@ class Greedy(Ridged, ChannelMethod):
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""
         gram, output = statistics["mlp"], weights.output
-        result = greedy_elimination(regularised(gram, self.ridge), output)
+        profile = weight_energies(weights.inputs).clamp_min(DEAD)
+        result = greedy_elimination(regularised(gram, self.ridge, profile), output)
         norm = float((output * (gram @ output)).sum())
 
         def at(rank: int) -> Solution[MLPWeights]:
-            matrix = regularised(gram, self.ridge)  # made again: of many experts, all would be held at once
+            matrix = regularised(gram, self.ridge, profile)  # made again: of many experts, all would be held at once
             choices = [result.kept(rank)]
             if rank < len(output):
-                choices.append(top_indices(ridge_leverage_scores(gram, self.ridge), rank))
+                choices.append(top_indices(ridge_leverage_scores(gram, Method.default_ridge), rank))
             fits = [(kept, *refit(matrix, output, kept)) for kept in choices]
             kept, fitted, error = min(fits, key=lambda fit: fit[2])
             return Solution(weights.select(kept, fitted), error, norm, kept)
