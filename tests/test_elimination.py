@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import randn
+from helpers import mixed, randn
 from modegpt.decompositions import (
     greedy_elimination,
     nystrom_decomposition,
@@ -142,10 +142,23 @@ def test_dead_and_copied_channels_go_first_and_leave_no_trace() -> None:
 
 
 def test_nothing_is_decided_by_channels_without_energy() -> None:
-    result = greedy_elimination(
-        regularised(torch.zeros(4, 4, dtype=torch.float64), 1e-3) + torch.eye(4), torch.eye(4).double()
-    )
+    result = greedy_elimination(regularised(torch.zeros(4, 4, dtype=torch.float64), 1e-3), torch.eye(4).double())
     assert torch.equal(result.errors, torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64))
+
+
+def test_rounding_that_outweighs_the_ridge() -> None:
+    """Ten tokens in single precision: the matrix has eigenvalues below zero."""
+    activations = mixed(10, M).float()
+    gram, output = (activations.T @ activations).double(), randn(M, D)
+    gram = (gram + gram.T) / 2
+    matrix = regularised(gram, 1e-12)
+    assert torch.linalg.eigvalsh(matrix)[0] < 0
+    result = greedy_elimination(matrix, output)
+    assert result.errors.isfinite().all()
+    kept = result.kept(12)
+    fitted, error = refit(matrix, output, kept)
+    assert 0 <= error < 1e-3 * float((output * (gram @ output)).sum())
+    assert fitted.isfinite().all()
 
 
 def ours_and_the_papers(seed: int, rank: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -255,3 +256,24 @@ def test_from_disk_and_resumed_as_in_memory(tiny_checkpoint: Path, text_file: Pa
     assert all(layer.divergence is not None for layer in one.layers)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("dead", ["mlp.up_proj", "self_attn.v_proj", "self_attn.q_proj", "one query head"])
+def test_what_does_nothing_goes_and_the_rest_is_compressed(dead: str) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        if dead == "one query head":
+            model.model.layers[1].self_attn.q_proj.weight[:8] = 0
+        else:
+            model.model.layers[1].get_submodule(dead).weight.zero_()
+    config = CompressionConfig.validated(ratio=0.3, method="greedy", allocation="sensitivity")
+    result = compress_model(model, windows(16), config, probe=windows(4, seed=3))
+    assert result.choice.divergence is not None
+    assert all(math.isfinite(value) for layer in result.choice.divergence for value in layer.values())
+    if dead == "one query head":  # which is not the whole of its group
+        assert result.choice.divergence[1]["qk"] > 0 or result.choice.ranks[1]["qk"] == 4
+    else:
+        module = {"mlp.up_proj": "mlp", "self_attn.v_proj": "vo", "self_attn.q_proj": "qk"}[dead]
+        assert result.choice.ranks[1][module] == 1
+    with torch.no_grad():
+        assert result.model(windows(2).ids).logits.isfinite().all()

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import modegpt
-from helpers import Outcome, run_cli, tiny_llama
+from helpers import Outcome, run_cli, tiny_llama, token_windows
 from modegpt.curve import knee, predicted_curve
 from modegpt.engine import Engine
 from modegpt.profile import Profiler
@@ -92,6 +92,18 @@ def test_targets(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     predicted = sum(sum((layer.divergence or {}).values()) for layer in report.layers)
     assert 1.07 < 2.718281828**predicted <= 1.08
     assert 0.1 < report.requested_ratio < 0.35
+
+
+@pytest.mark.parametrize(
+    ("method", "align"), [("greedy", 1), ("modegpt", 8), ("modegpt", 16), ("obc", 16), ("shortgpt", 1), ("sleb", 1)]
+)
+def test_a_target_is_never_passed(method: str, align: int) -> None:
+    model = tiny_llama()
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    for less in (1500, 3000, 5000):
+        options = {"target_parameters": dense - less, "method": method, "align": align}
+        small = modegpt.compress(tiny_llama(), calibration=token_windows(16).ids, **options)
+        assert small.compression_report.parameters.compressed <= dense - less, (method, align, less)
 
 
 @pytest.mark.parametrize(

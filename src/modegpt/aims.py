@@ -47,8 +47,8 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
         pairs = sum(groups * _pairs(layer) for layer in layers)
         option, wanted, dense, unit = "--target-size", config.target_size, everything * item, "bytes"
         allowed = (wanted - _INDEX_BYTES * pairs) // item
-    units = (module.largest_unit for module in layers[0].modules.values() if module.full > 1)
-    finest = min(units, default=0)  # ranks are whole numbers
+    # Ranks are whole numbers, and met within half a step of the finest module.
+    finest = min(module.largest_unit * module.step(config.align) for module in layers[0].modules.values())
     ratio = (everything - allowed + finest / 2) / blocks
     if not 0 < ratio < 1:
         problem = "the model has that already" if ratio <= 0 else "embeddings, head and norms alone take more"

@@ -55,8 +55,8 @@ def predicted_curve(directory: Path, align: int = 1) -> Curve:
         model = empty_model(model_config)
     except Exception as error:  # an untrusted directory can fail anywhere
         raise CheckpointError(f"{str(directory)!r}: its config describes no model: {error}") from error
-    settled = {"ratio": 0.5, "method": origin.options["method"], "ridge": origin.options["ridge"]}
-    config = CompressionConfig.validated(**settled, modules=origin.options["modules"])
+    settled = {name: origin.options[name] for name in ("method", "ridge", "modules", "joint_only")}
+    config = CompressionConfig.validated(**settled, ratio=0.5, align=align)
     layers = model_geometry(model, METHODS[config.method].from_config(config).geometry)
     losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
     everything = sum(parameter.numel() for parameter in model.parameters())

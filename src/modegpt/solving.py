@@ -12,6 +12,7 @@ from torch import nn
 from .budget import LayerGeometry, LayerRanks, Module
 from .costs import Sizes, spread
 from .decompositions import with_pseudo_tokens
+from .errors import NumericalError
 from .layered import LayeredModel
 from .layout import HeadShape, expert_count, map_paths
 from .methods import Ladder, Method, Solution
@@ -138,6 +139,8 @@ class LayerSolver:
             found = self._workers.tell(mine, owner)
             assert found is not None
             curve = torch.tensor(found, dtype=torch.float64)
+            if not bool(curve.isfinite().all()):
+                raise NumericalError(f"layer {ladders.index}, {part[0]}: NaN or infinite errors; try a larger --ridge")
             curves[part[0]] = curves[part[0]] + curve if part[0] in curves else curve
         return curves
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .linalg import cholesky_of_copy, solve_psd
+from .linalg import cholesky_of_copy, cholesky_of_psd, solve_psd
 
 #: Units that go between two updates of the whole inverse.
 BLOCK = 32
@@ -47,11 +47,12 @@ class Elimination:
 
 
 def regularised(gram: torch.Tensor, ridge: float, profile: torch.Tensor | None = None) -> torch.Tensor:
-    """A = C + lambda diag(p) with lambda = ``ridge`` * tr(C) / m; C itself where it is zero.
+    """A = C + lambda diag(p) with lambda = ``ridge`` * tr(C) / m; 1 where C is zero.
 
     ``profile`` p (m,) is of mean 1; ones where not given.
     """
-    result, strength = gram.clone(), ridge * gram.diagonal().mean()
+    result, mean = gram.clone(), gram.diagonal().mean()
+    strength = torch.where(mean > 0, ridge * mean, 1.0)
     result.diagonal().add_(strength if profile is None else strength * profile)
     return result
 
@@ -59,10 +60,10 @@ def regularised(gram: torch.Tensor, ridge: float, profile: torch.Tensor | None =
 def greedy_elimination(matrix: torch.Tensor, output: torch.Tensor, block: int = BLOCK, width: int = 1) -> Elimination:
     """Drop the units of A (m, m) one by one, each time the cheapest for W_D = ``output`` (m, d); both float64.
 
-    A unit is ``width`` neighbouring channels, the first unit the first of them. A must be positive definite, as
-    :func:`regularised` makes it. ``block`` units are found at a time: among the 2 x ``block`` cheapest, each step is
-    exact, and only then is the inverse updated as a whole, so that nearly all work is in matrix products. With as
-    many as there are units every step is the exact greedy one.
+    A unit is ``width`` neighbouring channels, the first unit the first of them. A must be positive definite but for
+    rounding, as :func:`regularised` makes it. ``block`` units are found at a time: among the 2 x ``block`` cheapest,
+    each step is exact, and only then is the inverse updated as a whole, so that nearly all work is in matrix products.
+    With as many as there are units every step is the exact greedy one.
     """
     left = len(matrix) // width
     names = torch.arange(left, device=matrix.device)  # of the units that the working copies still hold
@@ -110,9 +111,7 @@ def refit(matrix: torch.Tensor, output: torch.Tensor, kept: torch.Tensor) -> tup
 
 def _inverse(matrix: torch.Tensor) -> torch.Tensor:
     factor = cholesky_of_copy(matrix)
-    if factor is None:
-        raise ValueError("the matrix is not positive definite; use a larger ridge")
-    inverse: torch.Tensor = torch.cholesky_inverse(factor)
+    inverse: torch.Tensor = torch.cholesky_inverse(cholesky_of_psd(matrix) if factor is None else factor)
     return inverse
 
 

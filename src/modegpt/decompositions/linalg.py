@@ -60,6 +60,22 @@ def cholesky_of_copy(
     return None if failed else factor
 
 
+def cholesky_of_psd(matrix: torch.Tensor) -> torch.Tensor:
+    """L with L L^T = A (..., n, n), lower triangular and regular, of a symmetric A that only rounding makes indefinite.
+
+    Where A is not positive definite, eigenvalues below n eps of the largest count as that; a zero A as the identity.
+    """
+    lower: torch.Tensor
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(matrix)
+        largest = values[..., -1:]
+        least = torch.where(largest > 0, matrix.shape[-1] * torch.finfo(matrix.dtype).eps * largest, 1.0)
+        root = vectors * torch.maximum(values, least).sqrt().unsqueeze(-2)
+        lower = torch.linalg.qr(root.mT, mode="r").R.mT
+    return lower
+
+
 def inverse_diagonal(factor: torch.Tensor, block: int = 512) -> torch.Tensor:
     """diag(A^-1) of A = L L^T, (n,): the squared lengths of the columns of L^-1, a block of columns at a time."""
     n = factor.shape[0]

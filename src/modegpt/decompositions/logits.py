@@ -89,7 +89,8 @@ def _heads(heads: int, like: torch.Tensor) -> torch.Tensor:
 def _regularised(features: torch.Tensor, ridge: float) -> torch.Tensor:
     """A: with the ridge, and positive definite where features are always zero."""
     diagonal = features.diagonal(dim1=-2, dim2=-1)
-    floor = 1e-9 * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(features.dtype).tiny)
+    mean = diagonal.mean(-1, keepdim=True)
+    floor = torch.where(mean > 0, 1e-9 * mean, 1.0)  # a head whose logits never vary: any
     return features + torch.diag_embed(ridge * diagonal + floor)
 
 

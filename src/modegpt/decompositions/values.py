@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .linalg import cholesky_of_psd
+
 
 @dataclass(frozen=True)
 class ValueLadder:
@@ -41,7 +43,7 @@ class ValueLadder:
 
 def group_bases(matrix: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """P (G, h, h) of A = ``matrix`` (H h, H h) and W_o = ``output`` (G, g, h, d), the most important column first."""
-    factor = torch.linalg.cholesky(_mean_blocks(matrix, output))  # L
+    factor = cholesky_of_psd(_mean_blocks(matrix, output))  # L
     seen = factor.mT @ output.permute(0, 2, 1, 3).flatten(2)  # L^T [W_o,1 ... W_o,g]: (G, h, g d)
     left, _, _ = torch.linalg.svd(seen @ seen.mT)
     bases: torch.Tensor = torch.linalg.solve_triangular(factor.mT, left, upper=True)
@@ -51,7 +53,8 @@ def group_bases(matrix: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 def energy_bases(matrix: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """P (G, h, h) by the energy of the values alone, as in appendix B.1: it does not see W_o."""
     values, vectors = torch.linalg.eigh(_mean_blocks(matrix, output))
-    bases: torch.Tensor = vectors / values.clamp_min(torch.finfo(values.dtype).tiny).sqrt().unsqueeze(-2)
+    least = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:].clamp_min(1e-300)
+    bases: torch.Tensor = vectors / torch.maximum(values, least).sqrt().unsqueeze(-2)
     return bases.flip(-1)
 
 
@@ -76,7 +79,7 @@ def value_ladder(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor
     rows = matrix.view(heads, h, heads * h)
     rotated = torch.einsum("ahk,ahj->kaj", basis_of_head, rows)  # P^T A: (h, H, H h)
     inner = torch.einsum("kabh,bhl->kalb", rotated.unflatten(2, (heads, h)), basis_of_head)
-    factor = torch.linalg.cholesky(inner.reshape(h * heads, h * heads))
+    factor = cholesky_of_psd(inner.reshape(h * heads, h * heads))
     moment = rotated.flatten(0, 1) @ output.reshape(heads * h, d)  # P^T A W_o
     projected = torch.linalg.solve_triangular(factor, moment, upper=False)
     explained = projected.square().sum(1).view(h, heads).sum(1)
