@@ -24,6 +24,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -231,6 +232,11 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
     text = f"Perplexity on {test['tokens']:,} tokens of {test['source']}; dense {results['dense_perplexity']:.2f}. "
     text += "Columns: share of decoder-block parameters removed.\n\n"
     text += pivot(rows, ratios, lambda row: f"{row['perplexity']:.2f}")
+    if papers := [row for row in rows if row["method"] == "modegpt"]:
+        text += "\nln(perplexity / dense perplexity) over that of the best row of modegpt at the same ratio.\n\n"
+        best = {row["ratio"]: min(loss(one) for one in papers if one["ratio"] == row["ratio"]) for row in papers}
+        comparable = [row for row in rows if row["ratio"] in best]
+        text += pivot(comparable, ratios, lambda row: f"{loss(row) / best[row['ratio']]:.2f}")
     for name in dict.fromkeys(name for row in rows for name in row.get("texts", {})):
         measured = [row for row in rows if name in row.get("texts", {})]
         text += f"\nPerplexity on {name}; dense {measured[0]['texts'][name]['dense']:.2f}.\n\n"
@@ -241,6 +247,11 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
         text += "\nTime of the compression, in dense forward passes over the calibration tokens.\n\n"
         text += pivot(timed, ratios, lambda row: f"{row['dense_forward_passes']:.2f}")
     path.with_suffix(".md").write_text(f"{text}\nMade by `{results['command']}`.\n")
+
+
+def loss(row: Row) -> float:
+    """ln(perplexity / dense perplexity) on the test text."""
+    return math.log(row["perplexity"] / row["dense_perplexity"])
 
 
 def pivot(rows: Sequence[Row], ratios: Sequence[float], cell: Callable[[Row], str]) -> str:

@@ -9,12 +9,19 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from modegpt.decompositions import channel_scores, kept_coefficients, logit_ladder, rotate, top_indices
+from modegpt.decompositions import (
+    channel_scores,
+    kept_coefficients,
+    logit_ladder,
+    rotate,
+    selection_ladder,
+    top_indices,
+)
 from modegpt.layout import HeadShape, rotary_pairs
 from modegpt.logits import Attended, attended, logit_features
 from modegpt.methods import Greedy
 from modegpt.statistics import LayerStatistics
-from modegpt.weights import QueryKeyWeights
+from modegpt.weights import NormWeights, QueryKeyWeights
 
 G, HEADS, H, N = 2, 3, 8, 4
 
@@ -188,15 +195,55 @@ def test_keys_drawn_by_attention_give_what_all_keys_give() -> None:
     assert float(((drawn - every) / (scale[:, None] * scale)).abs().max()) < 0.05
 
 
-def greedy_query_key(sums: Any, rank: int) -> float:
+@pytest.mark.parametrize("size", [1, 2])
+def test_without_turning_a_set_costs_its_block_and_every_step_is_the_cheapest(size: int) -> None:
+    features, units, target = problem(4, size)
+    ladder = selection_ladder(features, units, target, 0.1)
+    matrix = features + 0.1 * torch.diag_embed(features.diagonal(dim1=-2, dim2=-1))
+    totals = [0.0] * units.shape[1]
+    for group in range(G):
+
+        def cost(left: list[int], group: int = group) -> float:
+            dropped = target.clone()
+            dropped[units[group, left].flatten()] = 0
+            return float((dropped * (matrix[group] @ dropped)).sum())
+
+        left = list(range(len(totals)))
+        for gone in range(len(totals)):
+            totals[gone] += cost(left)
+            assert ladder.at(len(left))[0][group].tolist() == left
+            fit = torch.zeros_like(target)
+            fit[units[group, left].flatten()] = target[units[group, left].flatten()]
+            assert torch.equal(ladder.coefficients[gone, group], fit.expand(HEADS, -1))
+            if len(left) > 1:
+                left.remove(min(left, key=lambda unit: cost([one for one in left if one != unit])))
+    torch.testing.assert_close(ladder.errors, torch.tensor(totals, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+
+
+def test_a_head_whose_logits_never_vary_costs_nothing() -> None:
+    features, units, target = problem(2)
+    features = features.clone()
+    features[0] = 0
+    for ladder in (logit_ladder, selection_ladder):
+        found = ladder(features, units, target, 1e-2)
+        assert found.errors.isfinite().all()
+        assert found.coefficients.isfinite().all()
+        alone = ladder(features[1:], units[1:], target, 1e-2)
+        torch.testing.assert_close(found.errors, alone.errors, atol=1e-3, rtol=1e-3)
+
+
+def greedy_query_key(sums: Any, rank: int, normed: bool) -> float:
     """The objective that the greedy method states for queries and keys whose channels all rotate."""
     groups, heads, h, _ = sums["logits"].shape
     query = torch.zeros(groups, heads, 5, h, dtype=torch.float64)
-    weights = QueryKeyWeights(query, query[:, 0], None, None, rotary=h)
+    ones = torch.ones(groups, heads, h, dtype=torch.float64)
+    norms = [NormWeights(one, one, None, False) if normed else None for one in (ones, ones[:, 0])]
+    weights = QueryKeyWeights(query, query[:, 0], None, None, *norms, rotary=h)
     return Greedy(1e-4).query_key(weights, LayerStatistics(sums)).at(rank).error
 
 
-def test_the_papers_pairs_are_never_better() -> None:
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_papers_pairs_are_never_better(normed: bool) -> None:
     for seed in range(30):
         features, units, target = problem(seed)
         draw = torch.Generator().manual_seed(seed)
@@ -204,6 +251,7 @@ def test_the_papers_pairs_are_never_better() -> None:
         query, key = rows.mT @ rows, (rows[:, 0].mT @ rows[:, 0])
         scores = channel_scores(query, key).square().unflatten(-1, (2, N)).sum(1)
         for rank in range(1, N):
-            ours = greedy_query_key({"logits": features, "query": query, "key": key}, rank)
-            paper = kept_coefficients(features, units, top_indices(scores, rank), target, 1e-2)[1]
+            ours = greedy_query_key({"logits": features, "query": query, "key": key}, rank, normed)
+            pairs = top_indices(scores, rank)
+            paper = kept_coefficients(features, units, pairs, target, 1e-2, turned=not normed)[1]
             assert ours <= paper * (1 + 1e-9)

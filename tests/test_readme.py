@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -33,14 +34,16 @@ def test_commands_parse(words: list[str]) -> None:
     assert {word for word in words if word.startswith("-")} <= known
 
 
-def test_quality_table_is_quoted_from_the_results() -> None:
+def test_quality_tables_are_quoted_from_the_results() -> None:
     parts = (ROOT / "benchmarks/results/quality.md").read_text().split("\n\n")
-    table = next(part for part in parts if part.startswith("|")).strip()
-    assert table in README
+    tables = [table.strip() for title, table in itertools.pairwise(parts) if title.startswith("Perplexity on")]
+    assert all(table in README for table in tables)
     results = json.loads((ROOT / "benchmarks/results/quality.json").read_text())
+    assert len(tables) == 1 + len(results["texts"])
     for row in results["rows"]:
         assert abs(row["block_parameters_removed"] - row["ratio"]) < 0.005
-        assert f"{row['perplexity']:.2f}" in table
+        found = [row["perplexity"], *(text["compressed"] for text in row.get("texts", {}).values())]
+        assert all(f"{value:.2f}" in table for value, table in zip(found, tables, strict=False))
 
 
 @pytest.mark.parametrize("name", ["speed", "memory"])

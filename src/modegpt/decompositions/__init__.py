@@ -10,7 +10,7 @@ from .elimination import Elimination, greedy_elimination, refit, regularised, un
 from .experts import weight_energies, with_pseudo_tokens
 from .fluctuation import fluctuation, mean_contribution, standardised
 from .linalg import top_indices
-from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate
+from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate, selection_ladder
 from .low_rank import LowRank, activation_scales, break_even, low_rank, whitening
 from .norm import norm_energy
 from .nystrom import NystromDecomposition, nystrom_decomposition, ridge_leverage_scores
@@ -51,6 +51,7 @@ __all__ = [
     "regularised",
     "ridge_leverage_scores",
     "rotate",
+    "selection_ladder",
     "selection_losses",
     "standardised",
     "svd_decomposition",

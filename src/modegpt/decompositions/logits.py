@@ -82,6 +82,34 @@ def logit_ladder(features: torch.Tensor, units: torch.Tensor, target: torch.Tens
     return LogitLadder(units, chosen, torch.stack(costs).cumsum(0), torch.stack(fits))
 
 
+def selection_ladder(features: torch.Tensor, units: torch.Tensor, target: torch.Tensor, ridge: float) -> LogitLadder:
+    """As :func:`logit_ladder`, with c' = c at what is kept: for queries that cannot be turned.
+
+    Dropping a set of units costs the sum of its block of H, H_uv = sum over heads of c_u^T A_uv c_v. So the next to go
+    is the u of least H_uu + 2 sum of H_uv over what is gone.
+    """
+    groups, n, size = units.shape
+    summed = (target[:, None] * _regularised(features, ridge) * target).sum(1)  # (G, h, h)
+    channels = units.flatten(1)
+    rows = summed.gather(1, channels.unsqueeze(-1).expand(-1, -1, summed.shape[-1]))
+    square = rows.gather(2, channels.unsqueeze(1).expand(-1, n * size, -1))
+    blocks = square.view(groups, n, size, n, size).sum((2, 4))  # H: (G, n, n)
+    group = torch.arange(groups, device=features.device)
+    alive = torch.ones(groups, n, dtype=torch.bool, device=features.device)
+    scores, now = blocks.diagonal(dim1=1, dim2=2).clone(), target.expand(*features.shape[:3]).clone()
+    order, costs, fits = [], [features.new_zeros(())], [now.clone()]
+    for _ in range(n - 1):
+        cost, unit = scores.masked_fill(~alive, torch.inf).min(1)
+        scores += 2 * blocks[group, unit]
+        alive[group, unit] = False
+        now.scatter_(-1, units[group, unit][:, None].expand(-1, now.shape[1], -1), 0.0)
+        order.append(unit)
+        costs.append(cost.sum())
+        fits.append(now.clone())
+    chosen = torch.stack(order, dim=1) if order else units.new_zeros(groups, 0)
+    return LogitLadder(units, chosen, torch.stack(costs).cumsum(0), torch.stack(fits))
+
+
 def _heads(heads: int, like: torch.Tensor) -> torch.Tensor:
     return torch.arange(heads, device=like.device)[None, :, None, None, None]
 
@@ -90,14 +118,24 @@ def _regularised(features: torch.Tensor, ridge: float) -> torch.Tensor:
     """A: with the ridge, and positive definite where features are always zero."""
     diagonal = features.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    floor = torch.where(mean > 0, 1e-9 * mean, 1.0)  # a head whose logits never vary: any
+    largest = mean.max()
+    floor = 1e-9 * torch.where(mean > 0, mean, torch.where(largest > 0, largest, 1.0))  # a head can have no logits
     return features + torch.diag_embed(ridge * diagonal + floor)
 
 
 def kept_coefficients(
-    features: torch.Tensor, units: torch.Tensor, kept: torch.Tensor, target: torch.Tensor, ridge: float
+    features: torch.Tensor,
+    units: torch.Tensor,
+    kept: torch.Tensor,
+    target: torch.Tensor,
+    ridge: float,
+    *,
+    turned: bool = True,
 ) -> tuple[torch.Tensor, float]:
-    """The best c' (G, g, h) for the ``kept`` units (G, r), and its J; the rest as for :func:`logit_ladder`."""
+    """The best c' (G, g, h) for the ``kept`` units (G, r), or c there where not ``turned``, and its J.
+
+    The rest as for :func:`logit_ladder`.
+    """
     groups, heads, h, _ = features.shape
     matrix = _regularised(features, ridge)
     channels = units.gather(1, kept[..., None].expand(-1, -1, units.shape[-1])).flatten(1)
@@ -108,7 +146,7 @@ def kept_coefficients(
     eye = torch.eye(h, dtype=features.dtype, device=features.device)
     inner = torch.where(both, matrix, eye)
     moment = torch.where(mask, (matrix @ target).expand(groups, heads, h), 0.0)
-    fit = torch.linalg.solve(inner, moment.unsqueeze(-1)).squeeze(-1)
+    fit = torch.linalg.solve(inner, moment.unsqueeze(-1)).squeeze(-1) if turned else (mask * target).expand_as(moment)
     change = target - fit
     return fit, float((change * (matrix @ change.unsqueeze(-1)).squeeze(-1)).sum())
 

@@ -20,6 +20,7 @@ from ..decompositions import (
     refit,
     regularised,
     ridge_leverage_scores,
+    selection_ladder,
     top_indices,
     value_ladder,
     weight_energies,
@@ -73,7 +74,7 @@ class Greedy(Ridged, ChannelMethod):
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """:mod:`modegpt.decompositions.logits`, or Algorithm 2's pairs.
 
-        Where queries are normed, pairs are chosen as if the others could make up for them, but cannot be turned.
+        Queries that are normed cannot be turned: their pairs are only chosen.
         """
         features, rotary = statistics["logits"], weights.rotary
         h = features.shape[-1]
@@ -85,18 +86,23 @@ class Greedy(Ridged, ChannelMethod):
             units = torch.stack((first, second), dim=-1)
         else:
             units, pair = torch.arange(h, device=features.device).expand(len(features), -1).unsqueeze(-1), None
-        ladder = logit_ladder(features, units, target, LOGIT_RIDGE)
+        turned = weights.query_norm is None
+        ladder = (logit_ladder if turned else selection_ladder)(features, units, target, LOGIT_RIDGE)
         norm = float(ladder.errors[-1]) if len(ladder.errors) == 1 else _quadratic(features, target)
 
         def at(rank: int) -> Solution[QueryKeyWeights]:
             choices = [ladder.at(rank)[0]]
             if rank < units.shape[1]:
                 choices.append(_units_by_score(statistics, units, rank))
-            fits = [(kept, *kept_coefficients(features, units, kept, target, LOGIT_RIDGE)) for kept in choices]
+            fits = [
+                (kept, *kept_coefficients(features, units, kept, target, LOGIT_RIDGE, turned=turned))
+                for kept in choices
+            ]
             kept, coefficients, error = min(fits, key=lambda fit: fit[2])
             channels = units.gather(1, kept.unsqueeze(-1).expand(-1, -1, units.shape[-1])).mT.flatten(1)
-            turned = weights if weights.query_norm or rank == units.shape[1] else weights.turned(coefficients)
-            thin = turned.select(channels, statistics.squares("query_squares"), statistics.squares("key_squares"))
+            whole = rank == units.shape[1]
+            fitted = weights.turned(coefficients) if turned and not whole else weights
+            thin = fitted.select(channels, statistics.squares("query_squares"), statistics.squares("key_squares"))
             return Solution(thin, error, norm, channels, None if pair is None else pair.gather(1, kept))
 
         errors = torch.cat((ladder.errors, ladder.errors.new_tensor([norm]))).flip(0)
