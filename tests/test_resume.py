@@ -684,7 +684,7 @@ def refused_as_another(runs: Runs, here: Path, *options: object) -> str:
         (["--ratio", 0.4], "--ratio (then 0.3, now 0.4)"),
         (["--statistics", "dense"], '--statistics (then "sequential", now "dense")'),
         (["--modules", "mlp,vo"], '--modules (then ["mlp", "qk", "vo"], now ["mlp", "vo"])'),
-        (["--ridge", 1e-3], "--ridge (then 0.01, now 0.001)"),
+        (["--ridge", 1e-3], "--ridge (then 0.0001, now 0.001)"),
         (["--dtype", "float32"], '--dtype (then "auto", now "float32")'),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value[0]),
