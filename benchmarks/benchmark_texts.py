@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modegpt.data import TokenWindows, first_windows, read_text, sample_from_model, split_held_out, tokenize
+from modegpt.evaluation import perplexity
 from modegpt.mixture import Cut, Mixture, read_mixture
 from modegpt.profile import probe_shape, probe_windows
 from modegpt.report import TextFacts
@@ -87,7 +88,16 @@ def command_of(arguments: argparse.Namespace, script: str, calibration: TextFact
     words = ["python", script, "--train", train, "--test", Path(arguments.test).name]
     if arguments.texts:
         words += ["--texts", *(f"{name}={Path(file).name}" for name, file in named_files(arguments.texts).items())]
+    defaults = parser_of_texts(None, Path())
+    for name in ("samples", "test_samples", "sequence_length"):
+        if getattr(arguments, name) != defaults.get_default(name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     return " ".join(words)
+
+
+def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows]) -> dict[str, float]:
+    """That of ``model`` on each of ``texts``."""
+    return {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
 
 
 def default_model() -> str:

@@ -16,14 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from benchmark_texts import command_of, parser_of_texts, prepared
+from benchmark_texts import command_of, parser_of_texts, perplexities, prepared
 from modegpt.budget import Module
 from modegpt.config import CompressionConfig
-from modegpt.data import TokenWindows
 from modegpt.engine import Engine
-from modegpt.evaluation import perplexity
 from modegpt.layered import resident
 from modegpt.methods import Greedy, ModeGPT
 from modegpt.methods.base import Solver
@@ -101,11 +97,6 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
             write(results, arguments.output, text_of(results))
-
-
-def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows]) -> dict[str, float]:
-    """That of ``model`` on each of ``texts``."""
-    return {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
 
 
 def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:

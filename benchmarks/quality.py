@@ -35,11 +35,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmark_texts import TEST, command_of, named_files, parser_of_texts, prepared
+from benchmark_texts import TEST, command_of, named_files, parser_of_texts, perplexities, prepared
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.engine import Compression, Engine
-from modegpt.evaluation import perplexity
 from modegpt.layered import resident
 from modegpt.methods import METHODS
 from modegpt.report import TextFacts, build_report, versions
@@ -80,7 +79,7 @@ def main() -> None:
 
     results = header(arguments, given.calibration, texts)
     results["rows"] = rows = previous_rows(arguments.output, results)
-    dense = {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
+    dense = perplexities(model, texts)
     print(f"dense: {dense}; {len(rows)} rows are there already", flush=True)
     results["dense_perplexity"] = dense[TEST]
     for setting in missing_settings(rows, arguments.ratios, texts.keys() - {TEST}, arguments.methods):
@@ -94,7 +93,7 @@ def main() -> None:
             "parameters": int(report.parameters.compressed),
             "temperature_used": result.choice.temperature,
             "ridge": config.ridge,
-            **perplexities(result.model, texts, dense),
+            **perplexity_columns(perplexities(result.model, texts), dense),
             "dense_forward_passes": round(forwards, 2),
         }
         keep(rows, setting, row)
@@ -158,10 +157,9 @@ class Clock:
         self.seconds += time.process_time() - started
 
 
-def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows], dense: Mapping[str, float]) -> Row:
+def perplexity_columns(found: Mapping[str, float], dense: Mapping[str, float]) -> Row:
     """The columns of a row: that of the test text, and those of the others with the dense model's beside them."""
-    found = {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}
-    others = {name: {"compressed": found[name], "dense": dense[name]} for name in texts if name != TEST}
+    others = {name: {"compressed": found[name], "dense": dense[name]} for name in found if name != TEST}
     return {"perplexity": found[TEST], "dense_perplexity": dense[TEST], "texts": others}
 
 

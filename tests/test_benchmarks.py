@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import importlib
 import json
@@ -104,10 +103,10 @@ def test_a_row_measured_again_takes_the_place_of_the_old_one(quality: ModuleType
 
 
 @pytest.fixture
-def head(quality: ModuleType, tmp_path: Path) -> Any:
+def head(quality: ModuleType, texts: ModuleType, tmp_path: Path) -> Any:
     (tmp_path / "model").write_bytes(b"weights")
-    arguments = argparse.Namespace(train="a/train.txt", test="b/test.txt", texts=["ptb=c/ptb.txt"])
-    arguments.model = str(tmp_path / "model")
+    words = ["--train", "a/train.txt", "--test", "b/test.txt", "--texts", "ptb=c/ptb.txt", "--samples", "2"]
+    arguments = texts.parser_of_texts("", tmp_path / "out").parse_args([*words, "--model", str(tmp_path / "model")])
     windows = TokenWindows(torch.arange(8).view(2, 4))
     return quality.header(arguments, TextFacts.of("train.txt", windows), {"test": windows, "ptb": windows})
 
@@ -139,7 +138,7 @@ def test_rows_of_another_run_are_not(quality: ModuleType, head: Any, tmp_path: P
 
 
 def test_files_are_named_and_not_located(head: Any) -> None:
-    assert head["command"].endswith("--train train.txt --test test.txt --texts ptb=ptb.txt")
+    assert head["command"].endswith("--train train.txt --test test.txt --texts ptb=ptb.txt --samples 2")
     assert head["texts"]["ptb"]["source"] == "ptb.txt"
 
 

@@ -62,10 +62,9 @@ def test_every_step_is_the_cheapest_for_all_heads_of_a_group(ridge: float, size:
             channels = units[group, left].flatten().tolist()
             fits = [best_fit(features[group, head], channels, target, ridge) for head in range(HEADS)]
             totals[gone] += sum(cost for cost, _ in fits)
-            torch.testing.assert_close(
-                ladder.coefficients[gone, group], torch.stack([fit for _, fit in fits]), atol=1e-5, rtol=1e-4
-            )
-            assert ladder.at(count - gone)[0][group].tolist() == left
+            found, _ = kept_coefficients(features, units, ladder.kept(count - gone), target, ridge)
+            torch.testing.assert_close(found[group], torch.stack([fit for _, fit in fits]), atol=1e-5, rtol=1e-4)
+            assert ladder.kept(count - gone)[group].tolist() == left
             if gone == count - 1:
                 break
             costs = {
@@ -211,10 +210,11 @@ def test_without_turning_a_set_costs_its_block_and_every_step_is_the_cheapest(si
         left = list(range(len(totals)))
         for gone in range(len(totals)):
             totals[gone] += cost(left)
-            assert ladder.at(len(left))[0][group].tolist() == left
+            assert ladder.kept(len(left))[group].tolist() == left
+            found, _ = kept_coefficients(features, units, ladder.kept(len(left)), target, 0.1, turned=False)
             fit = torch.zeros_like(target)
             fit[units[group, left].flatten()] = target[units[group, left].flatten()]
-            assert torch.equal(ladder.coefficients[gone, group], fit.expand(HEADS, -1))
+            assert torch.equal(found[group], fit.expand(HEADS, -1))
             if len(left) > 1:
                 left.remove(min(left, key=lambda unit: cost([one for one in left if one != unit])))
     torch.testing.assert_close(ladder.errors, torch.tensor(totals, dtype=torch.float64), atol=1e-6, rtol=1e-6)
@@ -227,7 +227,11 @@ def test_a_head_whose_logits_never_vary_costs_nothing() -> None:
     for ladder in (logit_ladder, selection_ladder):
         found = ladder(features, units, target, 1e-2)
         assert found.errors.isfinite().all()
-        assert found.coefficients.isfinite().all()
+        for rank in range(1, N):
+            turned = ladder is logit_ladder
+            fit, error = kept_coefficients(features, units, found.kept(rank), target, 1e-2, turned=turned)
+            assert fit.isfinite().all()
+            assert error == pytest.approx(float(found.errors[N - rank]))
         alone = ladder(features[1:], units[1:], target, 1e-2)
         torch.testing.assert_close(found.errors, alone.errors, atol=1e-3, rtol=1e-3)
 

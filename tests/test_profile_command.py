@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -95,15 +96,25 @@ def test_targets(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "align"), [("greedy", 1), ("modegpt", 8), ("modegpt", 16), ("obc", 16), ("shortgpt", 1), ("sleb", 1)]
+    ("method", "align", "more"),
+    [
+        ("greedy", 1, {}),
+        ("modegpt", 8, {}),
+        ("modegpt", 16, {}),
+        ("modegpt", 4, {"modules": ("mlp",)}),
+        ("modegpt", 1, {"modules": ("mlp",), "layers": "1-2"}),
+        ("obc", 16, {}),
+        ("shortgpt", 1, {}),
+        ("sleb", 1, {}),
+    ],
 )
-def test_a_target_is_never_passed(method: str, align: int) -> None:
+def test_a_target_is_never_passed(method: str, align: int, more: dict[str, Any]) -> None:
     model = tiny_llama()
     dense = sum(parameter.numel() for parameter in model.parameters())
     for less in (1500, 3000, 5000):
-        options = {"target_parameters": dense - less, "method": method, "align": align}
+        options = {"target_parameters": dense - less, "method": method, "align": align, **more}
         small = modegpt.compress(tiny_llama(), calibration=token_windows(16).ids, **options)
-        assert small.compression_report.parameters.compressed <= dense - less, (method, align, less)
+        assert small.compression_report.parameters.compressed <= dense - less, (method, align, less, more)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +202,16 @@ def test_the_curve_begins_with_the_dense_model_and_rises(profile: Path, tiny_che
     assert len(re.findall("knee", outcome.out)) == 1
     assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
     assert "--plot" in run_cli("curve", profile, "--plot", tmp_path / "curve.mp3").err
+
+
+def test_the_curve_of_maps_with_a_shared_factor(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    options = ("--method", "joint-rank-k", "--joint-only", "--samples", 8, "--sequence-length", 32)
+    outcome = run_cli("profile", tiny_checkpoint, "-o", tmp_path / "p", "--calibration", text_file, *options)
+    assert outcome.code == 0, outcome.err
+    for align in (1, 8):
+        heights = [point.perplexity for point in predicted_curve(tmp_path / "p", align).points]
+        assert len(heights) > 2
+        assert heights == sorted(heights)
 
 
 def test_the_knee_is_where_a_curve_bends() -> None:

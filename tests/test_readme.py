@@ -46,6 +46,23 @@ def test_quality_tables_are_quoted_from_the_results() -> None:
         assert all(f"{value:.2f}" in table for value, table in zip(found, tables, strict=False))
 
 
+def test_what_a_mixture_changes_is_quoted_from_the_results() -> None:
+    page = (ROOT / "docs/calibration.md").read_text(encoding="utf-8")
+    alone, mixed = (
+        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("quality", "mixture")
+    )
+    setting = {"method": "greedy", "allocation": "sensitivity", "ratio": 0.3}
+    before, after = (next(row for row in run["rows"] if row.items() >= setting.items()) for run in (alone, mixed))
+    found = [(after["dense_perplexity"], before["perplexity"], after["perplexity"])]
+    found += [
+        (text["dense"], before["texts"][name]["compressed"], text["compressed"])
+        for name, text in after["texts"].items()
+    ]
+    assert len(found) == 4
+    for values in found:
+        assert "| {:.2f} | {:.2f} | {:.2f} |".format(*values) in page
+
+
 @pytest.mark.parametrize("name", ["speed", "memory"])
 def test_measured_costs_are_quoted_from_the_results(name: str) -> None:
     lines = (ROOT / f"benchmarks/results/{name}.md").read_text().split("\n\n")

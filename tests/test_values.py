@@ -96,6 +96,32 @@ def test_never_worse_than_the_papers_bases(adversarial: bool) -> None:
             assert ours.error <= paper * (1 + 1e-7)
 
 
+def test_never_worse_than_algorithm_3_and_its_grouped_form() -> None:
+    """Its factors, found on the inputs alone, under the objective on what the heads put out."""
+    for seed in range(40):
+        draw = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(60, 15, generator=draw, dtype=torch.float64)
+        inputs = inputs * torch.logspace(-1, 1, 15, dtype=torch.float64)
+        value = torch.randn(G, 15, H, generator=draw, dtype=torch.float64)
+        output = torch.randn(G, HEADS, H, D, generator=draw, dtype=torch.float64)
+        attention = (3 * torch.randn(G, HEADS, 60, 60, generator=draw, dtype=torch.float64)).softmax(-1)
+
+        def outputs(thin: torch.Tensor, inputs: torch.Tensor = inputs, a: torch.Tensor = attention) -> torch.Tensor:
+            return a @ (inputs @ thin)[:, None]  # (G, g, N, k)
+
+        heads = outputs(value).permute(2, 0, 1, 3).flatten(1)
+        for rank in range(1, H):
+            weights = ValueOutputWeights(value, output, None)
+            sums = LayerStatistics({"head_outputs": heads.T @ heads})
+            ours = Greedy(1e-9).value_output(weights, sums).at(rank).weights
+            paper = svd_decomposition(inputs.T @ inputs, value, output, rank)
+            errors = [
+                float((outputs(thin.value) @ thin.output - outputs(value) @ output).sum((0, 1)).square().sum())
+                for thin in (ours, paper)
+            ]
+            assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
 def test_weights_have_the_stated_error_and_are_balanced() -> None:
     matrix, output = problem(3)
     weights, ours = values_of(matrix, output, 3)

@@ -35,15 +35,19 @@ class LogitLadder:
     """(G, n - 1) units, the first to go first."""
     errors: torch.Tensor
     """J after the first 0, 1, ..., n - 1 of every group, summed over the heads: (n,) float64."""
-    coefficients: torch.Tensor
-    """c' after as many: (n, G, g, h)."""
 
-    def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``rank`` units that stay, (G, rank) ascending, and c' (G, g, h)."""
+    def kept(self, rank: int) -> torch.Tensor:
+        """The ``rank`` units that stay longest, (G, rank) ascending."""
         groups, n, _ = self.units.shape
         mask = torch.ones(groups, n, dtype=torch.bool, device=self.order.device)
         mask.scatter_(1, self.order[:, : n - rank], False)
-        return mask.nonzero()[:, 1].view(groups, rank), self.coefficients[n - rank]
+        return mask.nonzero()[:, 1].view(groups, rank)
+
+    @classmethod
+    def of(cls, units: torch.Tensor, order: list[torch.Tensor], costs: list[torch.Tensor]) -> LogitLadder:
+        """From the unit (G,) of every step and what it cost, 0 before the first."""
+        chosen = torch.stack(order, dim=1) if order else units.new_zeros(len(units), 0)
+        return cls(units, chosen, torch.stack(costs).cumsum(0))
 
 
 def logit_ladder(features: torch.Tensor, units: torch.Tensor, target: torch.Tensor, ridge: float) -> LogitLadder:
@@ -59,7 +63,7 @@ def logit_ladder(features: torch.Tensor, units: torch.Tensor, target: torch.Tens
     group = torch.arange(groups, device=features.device)
     alive = torch.ones(groups, n, dtype=torch.bool, device=features.device)
     rows, columns = units[:, None, :, :, None], units[:, None, :, None, :]
-    order, costs, fits = [], [features.new_zeros(())], [now.clone()]
+    order, costs = [], [features.new_zeros(())]
     eye = torch.eye(size, dtype=features.dtype, device=features.device)
     for _ in range(n - 1):
         blocks = inverse[group[:, None, None, None, None], _heads(heads, inverse), rows, columns]  # (G, g, n, s, s)
@@ -77,9 +81,7 @@ def logit_ladder(features: torch.Tensor, units: torch.Tensor, target: torch.Tens
         alive[group, unit] = False
         order.append(unit)
         costs.append(cost.sum())
-        fits.append(now.clone())
-    chosen = torch.stack(order, dim=1) if order else units.new_zeros(groups, 0)
-    return LogitLadder(units, chosen, torch.stack(costs).cumsum(0), torch.stack(fits))
+    return LogitLadder.of(units, order, costs)
 
 
 def selection_ladder(features: torch.Tensor, units: torch.Tensor, target: torch.Tensor, ridge: float) -> LogitLadder:
@@ -96,18 +98,15 @@ def selection_ladder(features: torch.Tensor, units: torch.Tensor, target: torch.
     blocks = square.view(groups, n, size, n, size).sum((2, 4))  # H: (G, n, n)
     group = torch.arange(groups, device=features.device)
     alive = torch.ones(groups, n, dtype=torch.bool, device=features.device)
-    scores, now = blocks.diagonal(dim1=1, dim2=2).clone(), target.expand(*features.shape[:3]).clone()
-    order, costs, fits = [], [features.new_zeros(())], [now.clone()]
+    scores = blocks.diagonal(dim1=1, dim2=2).clone()
+    order, costs = [], [features.new_zeros(())]
     for _ in range(n - 1):
         cost, unit = scores.masked_fill(~alive, torch.inf).min(1)
         scores += 2 * blocks[group, unit]
         alive[group, unit] = False
-        now.scatter_(-1, units[group, unit][:, None].expand(-1, now.shape[1], -1), 0.0)
         order.append(unit)
         costs.append(cost.sum())
-        fits.append(now.clone())
-    chosen = torch.stack(order, dim=1) if order else units.new_zeros(groups, 0)
-    return LogitLadder(units, chosen, torch.stack(costs).cumsum(0), torch.stack(fits))
+    return LogitLadder.of(units, order, costs)
 
 
 def _heads(heads: int, like: torch.Tensor) -> torch.Tensor:

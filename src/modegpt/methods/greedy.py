@@ -63,6 +63,7 @@ class Greedy(Ridged, ChannelMethod):
             matrix = regularised(gram, self.ridge, profile)  # made again: of many experts, all would be held at once
             choices = [result.kept(rank)]
             if rank < len(output):
+                # With the ridge of the paper's method: Type I's own is part of the objective.
                 choices.append(top_indices(ridge_leverage_scores(gram, Method.default_ridge), rank))
             fits = [(kept, *refit(matrix, output, kept)) for kept in choices]
             kept, fitted, error = min(fits, key=lambda fit: fit[2])
@@ -91,7 +92,7 @@ class Greedy(Ridged, ChannelMethod):
         norm = float(ladder.errors[-1]) if len(ladder.errors) == 1 else _quadratic(features, target)
 
         def at(rank: int) -> Solution[QueryKeyWeights]:
-            choices = [ladder.at(rank)[0]]
+            choices = [ladder.kept(rank)]
             if rank < units.shape[1]:
                 choices.append(_units_by_score(statistics, units, rank))
             fits = [
