@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modegpt.data import TokenWindows, first_windows, read_text, sample_from_model, split_held_out, tokenize
+from modegpt.data import (
+    TokenWindows,
+    first_windows,
+    other_windows,
+    read_text,
+    sample_from_model,
+    split_held_out,
+    tokenize,
+)
 from modegpt.evaluation import perplexity
 from modegpt.mixture import Cut, Mixture, read_mixture
 from modegpt.profile import probe_shape, probe_windows
@@ -27,16 +35,17 @@ def calibration_windows(
 ) -> tuple[TokenWindows, TokenWindows | None, TextFacts]:
     """The windows that calibrate, those that sensitivities are measured on, and what they are.
 
-    Of a single text, its first windows and the next ones; of a mixture, what ``modegpt compress`` takes with seed 0:
-    of every source all but the last tenth is drawn from.
+    Of a single text, its first windows and some that seed 0 draws from the rest: not the next ones, which go on with
+    the same article. Of a mixture, what ``modegpt compress`` takes with seed 0: of every source all but the last
+    tenth is drawn from.
     """
     mixture = Mixture.parse(train, option="--train")
     if len(mixture.shares) == 1 and not mixture.written:
         (source,) = mixture.shares
-        spare = probe_windows(length)
-        windows = first_windows(tokenize(tokenizer, read_text(source)), samples + spare, length, what="--train").ids
-        chosen = TokenWindows(windows[:samples])
-        return chosen, TokenWindows(windows[samples:]), TextFacts.of(Path(source).name, chosen)
+        ids = tokenize(tokenizer, read_text(source))
+        chosen = first_windows(ids, samples, length, what="--train")
+        others = other_windows(ids[samples * length :], probe_windows(length), length, 0, but=0)
+        return chosen, others, TextFacts.of(Path(source).name, chosen)
     mixture.check(samples)
     texts = read_mixture(
         mixture, tokenizer, Cut(samples, length, 0, held_out=1, probe=probe_shape(length, len(mixture.shares)))

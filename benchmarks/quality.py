@@ -4,8 +4,9 @@ r"""Perplexity at 10 to 50 %: our method, the paper's algorithms with several al
         --texts ptb=PTB_TEST.txt.gz alpaca=ALPACA.jsonl.gz novels=LAMBADA.jsonl.gz
 
 TRAIN and TEST are raw WikiText-2 (``wikitext2`` takes them from the hub). The text is tokenised without special
-tokens and cut into consecutive 2048-token windows: the first 16 of TRAIN calibrate, sensitivities are measured on the
-next ones, and perplexity on the first 8 of TEST. TRAIN can be a mixture (``wikitext.txt.gz:0.75,self:0.25``).
+tokens and cut into consecutive 2048-token windows: the first 16 of TRAIN calibrate, sensitivities are measured on two
+that seed 0 draws from the rest, and perplexity on the first 8 of TEST. TRAIN can be a mixture
+(``wikitext.txt.gz:0.75,self:0.25``).
 Perplexity is also measured on the first 8 windows of further texts, of other kinds than TRAIN: of a text named
 ``alpaca`` those of its last tenth, on which a mixture does not calibrate; the lines of one named ``ptb`` are joined by
 spaces; of rows, what ``data.row_text`` takes for their text.
@@ -218,7 +219,8 @@ def header(arguments: argparse.Namespace, calibration: TextFacts, texts: Mapping
         "calibration": calibration.model_dump(),
         "test": facts.pop(TEST),
         "texts": facts,
-        "random_choices": "none: the windows are the first of each text" if calibration.mixture is None else "seed 0",
+        "random_choices": "seed 0, of the windows of sensitivities"
+        + (" and of the mixture" if calibration.mixture else ""),
     }
 
 

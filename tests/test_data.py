@@ -274,8 +274,10 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
     with pytest.raises(InvalidRequest) as caught:
         read_text("wikitext2")
-    expected = "data set Salesforce/wikitext could not be loaded from the hub: Couldn't reach the Hub (ConnectError)"
-    assert str(caught.value) == expected
+    assert str(caught.value) == (
+        "data set Salesforce/wikitext could not be loaded from the hub: Couldn't reach the Hub (ConnectError); "
+        "without it, give files and text that the model writes: FILE,self"
+    )
 
 
 # Windows

@@ -270,7 +270,10 @@ def _hub_text(dataset: HubDataset, evaluation: bool) -> str:
             rows = list((rows.skip(dataset.rows) if following else rows).take(dataset.rows))
     except Exception as error:
         message = " ".join(str(error).split())
-        raise InvalidRequest(f"data set {dataset.path} could not be loaded from the hub: {message}") from error
+        raise InvalidRequest(
+            f"data set {dataset.path} could not be loaded from the hub: {message}; "
+            "without it, give files and text that the model writes: FILE,self"
+        ) from error
     return dataset.separator.join(row_text(row) for row in rows)
 
 
