@@ -194,13 +194,11 @@ def previous_rows(path: Path, header: Row) -> list[Row]:
     previous = json.loads(path.read_text())
     calibration = {"mixture": None, **previous.get("calibration", {})}
     previous |= {"calibration": calibration, "test": {"mixture": None, **previous.get("test", {})}}
-    same = header.keys() - {"command", "texts", "rows"}
-    changed = {
-        name
-        for name, facts in header["texts"].items()
-        if name in previous.get("texts", {}) and previous["texts"][name] != facts
-    }
-    if changed or any(previous.get(key) != header[key] for key in same):
+    changed = [key for key in header.keys() - {"command", "texts", "rows"} if previous.get(key) != header[key]]
+    known = previous.get("texts", {})
+    changed += [name for name, facts in header["texts"].items() if name in known and known[name] != facts]
+    if changed:
+        print(f"{path}: {len(previous['rows'])} rows are dropped, of another {', '.join(sorted(changed))}", flush=True)
         return []
     return list(previous["rows"])
 

@@ -124,7 +124,9 @@ def test_rows_of_a_file_from_before_there_were_further_texts_are_taken_up(
 
 
 @pytest.mark.parametrize("changed", ["model_sha256", "calibration", "test", "ptb"])
-def test_rows_of_another_run_are_not(quality: ModuleType, head: Any, tmp_path: Path, changed: str) -> None:
+def test_rows_of_another_run_are_dropped_and_that_is_said(
+    quality: ModuleType, head: Any, tmp_path: Path, changed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = json.loads(json.dumps(head | {"rows": [OLD]}))
     path = tmp_path / "quality.json"
     path.write_text(json.dumps(old))
@@ -134,7 +136,9 @@ def test_rows_of_another_run_are_not(quality: ModuleType, head: Any, tmp_path: P
     else:
         (old["texts"] if changed == "ptb" else old)[changed]["sha256"] = "other"
     path.write_text(json.dumps(old))
+    assert capsys.readouterr().out == ""
     assert quality.previous_rows(path, head) == []
+    assert capsys.readouterr().out == f"{path}: 1 rows are dropped, of another {changed}\n"
 
 
 def test_files_are_named_and_not_located(head: Any) -> None:
