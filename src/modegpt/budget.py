@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal, TypedDict, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -225,41 +223,6 @@ def average_sparsity(
     return max(0.0, (ratio * base.parameters + base.extra) / selected)
 
 
-def largest_ratio(
-    layers: Sequence[LayerGeometry],
-    losses: Sequence[Mapping[Module, torch.Tensor]],
-    limit: float,
-    align: int,
-    base: Base | None = None,
-) -> float:
-    """The largest ratio, in thousandths, whose ranks by :func:`ranks_from_losses` lose no more than ``limit`` in all.
-
-    Raises :class:`InvalidRequest` where even a thousandth loses more.
-    """
-
-    def lost(thousandths: int) -> float:
-        try:
-            ranks = ranks_from_losses(layers, losses, thousandths / 1000, align, base)
-        except InvalidRequest:  # out of reach
-            return math.inf
-        return sum(
-            float(loss[rank[module]])
-            for rank, modules in zip(ranks, losses, strict=True)
-            for module, loss in modules.items()
-        )
-
-    low, high = 0, 1000
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if lost(middle) <= limit else (low, middle)
-    if low == 0:
-        raise InvalidRequest(
-            f"--max-perplexity-increase {math.expm1(limit):.3g}: removing a thousandth is predicted to cost "
-            f"{math.expm1(min(lost(1), 700.0)):.3g} already; allow more"
-        )
-    return low / 1000
-
-
 def ranks_from_sparsity(
     layers: Sequence[LayerGeometry], sparsity: Sequence[Mapping[Module, float]], align: int
 ) -> list[LayerRanks]:
@@ -276,7 +239,7 @@ def ranks_from_sparsity(
     units: list[dict[Module, int]] = []
     for layer, shares in zip(layers, sparsity, strict=True):
         kept: dict[Module, int] = {module: shape.full for module, shape in layer.modules.items()}
-        finest, *_ = _from_finest(layer, shares)
+        finest, *_ = from_finest(layer, shares)
         coarsest = max(
             shares, key=lambda module: layer.modules[module].unit_parameters * layer.modules[module].step(align)
         )
@@ -293,7 +256,7 @@ def ranks_from_sparsity(
         units.append(kept)
     for place, limited in ((0, True), (0, False), (1, False), (2, False), (0, False)):
         for layer, shares, kept in reversed(list(zip(layers, sparsity, units, strict=True))):
-            for module in _from_finest(layer, shares)[place : place + 1]:
+            for module in from_finest(layer, shares)[place : place + 1]:
                 geometry, before = layer.modules[module], kept[module]
                 missing = carry / geometry.unit_parameters
                 room = max(geometry.step(align), _TAKEN * geometry.full) if limited else geometry.full
@@ -302,73 +265,7 @@ def ranks_from_sparsity(
     return [ranks_of(kept) for kept in units]
 
 
-def ranks_from_losses(
-    layers: Sequence[LayerGeometry],
-    losses: Sequence[Mapping[Module, torch.Tensor]],
-    ratio: float,
-    align: int,
-    base: Base | None = None,
-) -> list[LayerRanks]:
-    """The ranks of least total loss that remove ``ratio`` of ``base``, see :func:`average_sparsity`.
-
-    ``losses`` gives, per layer and module that may be compressed, what is lost at ranks 0, 1, ..., full. Modules go
-    down the lower convex hulls of their losses over parameters, always the one that loses least per parameter next:
-    the optimum among the hulls' corners for the budgets that are met at a corner (Lagrange), and what is left of a
-    budget is met within the last segment, then by the finest modules. Raises :class:`InvalidRequest` as
-    :func:`average_sparsity` does.
-    """
-    modules = list(losses[0])
-    base = base or Base.blocks(layers)
-    average_sparsity(layers, modules, ratio, align, base)  # refuses what is out of reach
-    wanted = ratio * base.parameters + base.extra
-    kept: list[dict[Module, int]] = [
-        {module: shape.full for module, shape in layer.modules.items()} for layer in layers
-    ]
-    steps = [
-        (slope, index, module, rank)
-        for index, layer in enumerate(layers)
-        for module in modules
-        for slope, rank in _descent(layer.modules[module], losses[index][module], align)
-    ]
-    for _, index, module, rank in sorted(steps):
-        shape, before = layers[index].modules[module], kept[index][module]
-        last = shape.parameters_at(before) - shape.parameters_at(rank) >= wanted
-        if last:
-            rank = shape.nearest(before - wanted / shape.unit_parameters, align)
-        wanted -= shape.parameters_at(before) - shape.parameters_at(rank)
-        kept[index][module] = rank
-        if last:
-            break
-    for index, layer in enumerate(layers):  # less than half a step of the last module is left
-        finest, *_ = _from_finest(layer, modules)
-        shape, before = layer.modules[finest], kept[index][finest]
-        rank = shape.nearest(before - wanted / shape.unit_parameters, align)
-        wanted -= shape.parameters_at(before) - shape.parameters_at(rank)
-        kept[index][finest] = rank
-    return [ranks_of(ranks) for ranks in kept]
-
-
-def _descent(shape: ModuleGeometry, losses: torch.Tensor, align: int) -> list[tuple[float, int]]:
-    """The corners of the lower convex hull of the losses at allowed ranks, from full down: slope before it, and rank.
-
-    The slope is the loss per removed parameter.
-    """
-    step = shape.step(align)
-    allowed = [shape.full, *range((shape.full - 1) // step * step, 0, -step)]
-    corners: list[tuple[int, float]] = []
-    for rank in allowed:
-        loss = float(losses[rank])
-        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], (rank, loss)):
-            corners.pop()
-        corners.append((rank, loss))
-    return [(_slope(before, after) / shape.unit_parameters, after[0]) for before, after in pairwise(corners)]
-
-
-def _slope(before: tuple[int, float], after: tuple[int, float]) -> float:
-    return (after[1] - before[1]) / (before[0] - after[0])
-
-
-def _from_finest(layer: LayerGeometry, modules: Iterable[Module]) -> list[Module]:
+def from_finest(layer: LayerGeometry, modules: Iterable[Module]) -> list[Module]:
     """The modules, from that whose units are smallest, hence best at meeting a budget."""
     return sorted(modules, key=lambda module: layer.modules[module].unit_parameters)
 

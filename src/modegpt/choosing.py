@@ -13,12 +13,11 @@ from .budget import (
     LayerRanks,
     Module,
     average_sparsity,
-    largest_ratio,
-    ranks_from_losses,
     ranks_from_sparsity,
     whole,
 )
 from .config import CompressionConfig
+from .least_loss import largest_ratio, ranks_from_losses
 from .methods import METHODS, OwnAllocation
 from .results import Choice, Profile
 from .scores import outlier_shares
@@ -62,12 +61,13 @@ def average(config: CompressionConfig, geometry: Sequence[LayerGeometry]) -> flo
 
 def _by_sensitivity(geometry: Sequence[LayerGeometry], config: CompressionConfig, profile: Profile) -> Choice:
     layers, base, ratio = _chosen(config, geometry), config.base(geometry), config.ratio
-    known = [profile.layers[index] for index in config.chosen_layers(len(geometry))]
-    losses = [{module: one.losses() for module, one in layer.items()} for layer in known]
+    everywhere, interplay = profile.losses(), profile.interplay()
+    losses = [everywhere[index] for index in config.chosen_layers(len(geometry))]
     if ratio is None:
         assert config.max_perplexity_increase is not None
-        ratio = largest_ratio(layers, losses, math.log1p(config.max_perplexity_increase), config.align, base)
-    ranks = ranks_from_losses(layers, losses, ratio, config.align, base)
+        limit = math.log1p(config.max_perplexity_increase)
+        ratio = largest_ratio(layers, losses, limit, config.align, base, interplay)
+    ranks = ranks_from_losses(layers, losses, ratio, config.align, base, interplay)
     removed = [
         {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
         for layer, rank in zip(layers, ranks, strict=True)

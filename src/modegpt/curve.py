@@ -8,11 +8,12 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from .budget import kept_parameters, ranks_from_losses
+from .budget import kept_parameters
 from .config import CompressionConfig
 from .errors import CheckpointError, InvalidRequest
 from .families import check_family, model_geometry
 from .kept import open_kept
+from .least_loss import ranks_from_losses, total_loss
 from .methods import METHODS
 from .origin import Origin
 from .sources import empty_model
@@ -43,8 +44,9 @@ class Curve:
 def predicted_curve(directory: Path, align: int = 1) -> Curve:
     """The curve of the profile in ``directory``; ratios out of reach are left out.
 
-    ln ppl(r) = ln ppl(dense) + sum over modules of D(rank at r), see :class:`modegpt.results.ModuleProfile`: as if
-    modules did not act on one another. Raises :class:`CheckpointError` for what is no profile.
+    ln ppl(r) = ln ppl(dense) + sum over parts of S + c S^2, S the sum over modules of D(rank at r), see
+    :class:`modegpt.results.ModuleProfile` and :meth:`modegpt.results.Profile.interplay`. Raises
+    :class:`CheckpointError` for what is no profile.
     """
     origin, kept = Origin.read(directory), open_kept(directory)
     profile = kept.profile
@@ -58,16 +60,16 @@ def predicted_curve(directory: Path, align: int = 1) -> Curve:
     settled = {name: origin.options[name] for name in ("method", "ridge", "modules", "joint_only")}
     config = CompressionConfig.validated(**settled, ratio=0.5, align=align)
     layers = model_geometry(model, METHODS[config.method].from_config(config).geometry)
-    losses = [{module: one.losses() for module, one in layer.items()} for layer in profile.layers]
+    losses, interplay = profile.losses(), profile.interplay()
     everything = sum(parameter.numel() for parameter in model.parameters())
     blocks = sum(layer.parameters for layer in layers)
     points = [Point(0.0, everything, profile.perplexity)]
     for ratio in RATIOS[1:]:
         try:
-            ranks = ranks_from_losses(layers, losses, ratio, align)
+            ranks = ranks_from_losses(layers, losses, ratio, align, interplay=interplay)
         except InvalidRequest:  # out of reach
             break
-        cost = sum(sum(modules.values()) for modules in profile.divergence(ranks))
+        cost = total_loss(profile.divergence(ranks), interplay)
         parameters = everything - blocks + kept_parameters(layers, ranks)
         points.append(Point(ratio, parameters, profile.perplexity * math.exp(cost)))
     return Curve(origin.source, points, knee([math.log(point.perplexity) for point in points]))

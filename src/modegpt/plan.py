@@ -35,7 +35,7 @@ from .journal import left_behind
 from .methods import METHODS
 from .mixture import Mixture
 from .parallel import processes, processes_here
-from .profile import PROBE_LENGTH, PROBE_STEP, PROBE_TOKENS, probe_windows
+from .profile import PROBE_LENGTH, PROBE_STEP, PROBE_TOKENS, parts_of, probe_windows
 from .rates import Rates, measured_rates
 from .runner import HEAD_POSITIONS
 from .sources import ModelSource, empty_model
@@ -330,7 +330,7 @@ def _streams(config: RunConfig, shape: Shape) -> list[Part]:
         return []
     length = min(PROBE_LENGTH, config.sequence_length)
     windows = _share(config, probe_windows(config.sequence_length))
-    count = 1 + len(config.modules) * shape.sizes.layers
+    count = 1 + len(config.modules) * shape.sizes.layers + len(parts_of(config.modules))
     return [Part(name="streams of probe windows", bytes=count * windows * length * shape.sizes.hidden * shape.item)]
 
 
@@ -378,10 +378,11 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
         one = sizes.layers * forward_flops(sizes, min(PIECE, window)) + head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("sample", sample=sampled * one))
     if profiled:
-        # Half of the layers' modules, on average, have a stream of probe tokens through each layer.
+        # Half of the layers' modules, on average, have a stream of probe tokens through each layer, and all parts.
         streams, probe = len(config.modules) * sizes.layers, min(PROBE_TOKENS, probe_windows(window) * window)
-        forward = (tokens * dense if method.statistics else 0) + probe * dense * streams / 2
-        heads = probe / PROBE_STEP * streams * head_flops(sizes.hidden, shape.vocabulary)
+        whole = len(parts_of(config.modules))
+        forward = (tokens * dense if method.statistics else 0) + probe * dense * (streams / 2 + whole)
+        heads = probe / PROBE_STEP * (streams + whole) * head_flops(sizes.hidden, shape.vocabulary)
         phases.append(phase("profile", forward=forward, gram=gram, solve=solve, head=heads))
     elif (passes := method.removal_passes(sizes.layers, _ratio(config))) is not None:
         runs, heads = passes

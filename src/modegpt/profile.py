@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,8 @@ from .budget import LayerRanks, Module, whole
 from .data import TokenWindows
 from .errors import NumericalError
 from .evaluation import Loss, Predictions
-from .layered import LayeredModel, evict, place
+from .layered import evict, place
+from .least_loss import Part, part_of
 from .methods import Method
 from .results import ModuleProfile, Profile
 from .runner import LayerRunner
@@ -43,12 +44,21 @@ def probe_shape(length: int, sources: int = 1) -> tuple[int, int]:
     return max(sources, PROBE_TOKENS // piece), piece
 
 
+def parts_of(modules: Sequence[Module]) -> dict[Part, tuple[Module, ...]]:
+    """Those of ``modules`` that belong to each part of a layer."""
+    parts: dict[Part, tuple[Module, ...]] = {}
+    for module in modules:
+        parts[part_of(module)] = (*parts.get(part_of(module), ()), module)
+    return parts
+
+
 class Profiler:
     """One pass over the dense model that solves every layer and carries along what each module alone would change.
 
     For every module of every layer a stream of hidden states of the probe windows goes through that module
     compressed and everything after it dense. The streams of all modules so far pass a layer together, so that every
-    layer is live once, and the last ones end in the logits. Forward passes only.
+    layer is live once, and the last ones end in the logits. One more for each part of the layers goes through its
+    modules compressed in all of them. Forward passes only.
     """
 
     def __init__(self, engine: Engine, method: Method, modules: Sequence[Module], probe: TokenWindows) -> None:
@@ -58,12 +68,15 @@ class Profiler:
         self._runner = LayerRunner(engine.dense, self._batches, engine.workers)
         self._geometry = engine.geometry(method)
         self._solver = LayerSolver(engine.dense, self._geometry, engine.workers, engine.progress)
-        self._probed = {module: self._ranks(module) for module in modules}
+        self._parts = parts_of(modules)
+        groups = dict.fromkeys([*((module,) for module in modules), *self._parts.values()])
+        self._probed = {group: self._ranks(group) for group in groups}
         self._thin = {
-            module: engine.skeleton(self._geometry, ranks, share=True) for module, ranks in self._probed.items()
+            group: engine.skeleton(self._geometry, ranks, share=True) for group, ranks in self._probed.items()
         }
         self._clean = Activations(len(self._batches))
         self._streams: dict[Place, Activations] = {}
+        self._together = {part: self._clean.copy() for part in self._parts}
 
     def run(self, seed: int) -> Profile:
         """Profile all layers."""
@@ -88,22 +101,24 @@ class Profiler:
                 engine.progress.advance()
             hidden.remove()
             engine.progress.detail("divergence")
-            divergences, perplexity = self._divergences()
+            divergences, perplexity = self._divergences([*self._streams.values(), *self._together.values()])
+        own = dict(zip(self._streams, divergences, strict=False))
         modules = [
             {
-                module: ModuleProfile.of(curve[module], ranks[index][module], divergences[index, module])
-                for module, ranks in self._probed.items()
+                module: ModuleProfile.of(curve[module], self._probed[module,][index][module], own[index, module])
+                for module in curve
             }
             for index, curve in enumerate(curves)
         ]
-        return Profile(modules, perplexity)
+        return Profile(modules, perplexity, dict(zip(self._parts, divergences[len(own) :], strict=True)))
 
-    def _ranks(self, module: Module) -> list[LayerRanks]:
-        """Everything whole but ``module``."""
+    def _ranks(self, group: Sequence[Module]) -> list[LayerRanks]:
+        """Everything whole but the modules of ``group``."""
         result = []
         for layer in self._geometry:
-            rank, shape = whole(layer), layer.modules[module]
-            rank[module] = shape.nearest(PROBED_SHARE * shape.full, 1)
+            rank = whole(layer)
+            for module in group:
+                rank[module] = layer.modules[module].nearest(PROBED_SHARE * layer.modules[module].full, 1)
             result.append(rank)
         return result
 
@@ -113,32 +128,32 @@ class Profiler:
         with self._runner.active():
             for stream in self._streams.values():
                 self._runner.run_layer(index, stream)
-        for module, thin in self._thin.items():
-            state, _ = self._solver.cut(ladders, layer, thin.layers[index], self._probed[module][index])
-            self._streams[index, module] = self._through(index, thin, state)
+        for group, thin in self._thin.items():
+            state, _ = self._solver.cut(ladders, layer, thin.layers[index], self._probed[group][index])
+            streams = [self._together[part] for part, modules in self._parts.items() if modules == group]
+            if len(group) == 1:
+                self._streams[index, group[0]] = self._clean.copy()
+                streams.append(self._streams[index, group[0]])
+            runner = LayerRunner(thin, self._batches, self._engine.workers)
+            place(thin.layers[index], state)
+            with runner.active():
+                for stream in streams:
+                    runner.run_layer(index, stream)
+            evict(thin.layers[index])
         with self._runner.active():
             self._runner.run_layer(index, self._clean)
 
-    def _through(self, index: int, thin: LayeredModel, state: Mapping[str, torch.Tensor]) -> Activations:
-        stream = self._clean.copy()
-        runner = LayerRunner(thin, self._batches, self._engine.workers)
-        place(thin.layers[index], state)
-        with runner.active():
-            runner.run_layer(index, stream)
-        evict(thin.layers[index])
-        return stream
-
-    def _divergences(self) -> tuple[dict[Place, float], float]:
+    def _divergences(self, streams: Sequence[Activations]) -> tuple[list[float], float]:
         """E over tokens of KL(dense || stream) of every stream, and the dense model's perplexity."""
         loss = Loss()
-        totals = torch.zeros(len(self._streams) + 1, dtype=torch.float64)
+        totals = torch.zeros(len(streams) + 1, dtype=torch.float64)
         with self._runner.active():
             for number, batch in enumerate(self._batches):
                 for positions, logits in self._runner.head(number, self._clean, PROBE_STEP):
                     loss.add(logits, batch, positions)
                     dense = Predictions(logits, batch, positions)
                     totals[-1] += dense.count
-                    for slot, stream in enumerate(self._streams.values()):
+                    for slot, stream in enumerate(streams):
                         other = self._runner.logits(number, stream, positions)
                         totals[slot] += dense.divergence(other)
         self._engine.workers.sum(totals)
@@ -146,4 +161,4 @@ class Profiler:
         means = (totals[:-1] / totals[-1]).clamp_min(0)
         if not bool(means.isfinite().all()):
             raise NumericalError("NaN or infinite logits with one module compressed")
-        return dict(zip(self._streams, means.tolist(), strict=True)), loss.perplexity()
+        return means.tolist(), loss.perplexity()

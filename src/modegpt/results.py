@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .budget import LayerRanks, Module
+from .least_loss import Part, by_part, losses_at
 
 #: Points of an error curve that are kept; in between it is a straight line.
 _POINTS = 128
@@ -99,10 +100,24 @@ class Profile:
     layers: list[dict[Module, ModuleProfile]]
     perplexity: float
     """Of the dense model on the same windows."""
+    together: dict[Part, float] = field(default_factory=dict)
+    """The divergence with the modules of a part at their probed ranks in all layers at once."""
+
+    def losses(self) -> list[dict[Module, torch.Tensor]]:
+        """D of every module at ranks 0, 1, ..., full."""
+        return [{module: one.losses() for module, one in layer.items()} for layer in self.layers]
 
     def divergence(self, ranks: Sequence[LayerRanks]) -> list[dict[Module, float]]:
-        """What every module is predicted to cost at these ``ranks``, in nats per token."""
-        return [
-            {module: float(one.losses()[rank[module]]) for module, one in layer.items()}
-            for layer, rank in zip(self.layers, ranks, strict=True)
-        ]
+        """What every module is predicted to cost by itself at these ``ranks``, in nats per token."""
+        return losses_at(self.losses(), ranks)
+
+    def interplay(self) -> dict[Part, float]:
+        """What makes S + c S^2 the divergence :attr:`together` of every part, S the sum of its modules' own: c.
+
+        0 where they add up to less than their sum, as they do when so much is lost that no more can be.
+        """
+        alone = by_part([{module: one.divergence for module, one in layer.items()} for layer in self.layers])
+        return {
+            part: max(0.0, (self.together.get(part, own) - own) / own**2) if own > 0 else 0.0
+            for part, own in alone.items()
+        }

@@ -102,6 +102,8 @@ def refit(matrix: torch.Tensor, output: torch.Tensor, kept: torch.Tensor) -> tup
     mask = torch.ones(len(matrix), dtype=torch.bool, device=matrix.device)
     mask[kept] = False
     dropped = mask.nonzero().flatten()
+    if not len(dropped):
+        return output[kept], 0.0
     across = matrix[kept[:, None], dropped] @ output[dropped]  # A_SD W_D
     gain = solve_psd(matrix[kept[:, None], kept], across)
     inner = matrix[dropped[:, None], dropped] @ output[dropped]
