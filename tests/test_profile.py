@@ -28,11 +28,11 @@ from modegpt.errors import InvalidRequest
 from modegpt.evaluation import Predictions
 from modegpt.families import model_geometry
 from modegpt.layered import resident
-from modegpt.least_loss import largest_ratio, ranks_from_losses
+from modegpt.least_loss import Part, largest_ratio, losses_at, ranks_from_losses, total_loss
 from modegpt.methods import METHODS, Greedy
-from modegpt.profile import Profiler
+from modegpt.profile import Profiler, parts_of
 from modegpt.report import CompressionReport
-from modegpt.results import Choice, ModuleProfile
+from modegpt.results import Choice, ModuleProfile, Profile
 
 
 def windows(count: int = 8, length: int = 16, seed: int = 1, *, padded: bool = False) -> TokenWindows:
@@ -79,6 +79,15 @@ def test_sensitivities_are_those_of_models_with_one_module_compressed(method: st
             result = one.layers[index].modules[module]
             assert result.relative_error > 0
             assert found.errors[-1] == 0
+        assert list(profile.together) == list(parts_of(METHODS[method].modules))
+        for part, modules in parts_of(METHODS[method].modules).items():
+            probed = [
+                LayerRanks(**{name: profile.layers[index][name].probed for name in modules}) for index in range(3)
+            ]
+            ranks = [rank | some for rank, some in zip(full, probed, strict=True)]
+            choice = Choice(ranks, [{} for _ in ranks])
+            one = engine.compress(METHODS[method].from_config(config), choice, sequential=False)
+            assert profile.together[part] == pytest.approx(divergence(model, one.model, probe), rel=2e-3, abs=1e-7)
 
 
 def test_curves_hold_the_objective_at_every_rank() -> None:
@@ -101,6 +110,20 @@ def test_curves_hold_the_objective_at_every_rank() -> None:
                     # At a rank the paper's choice may be better than the curve's.
                     assert one.relative_error**2 <= stated / norm * (1 + 1e-6) + 1e-9
                     assert one.relative_error**2 >= 0.5 * stated / norm - 1e-9
+
+
+def test_what_makes_the_modules_of_a_part_cost_more_than_their_sum() -> None:
+    def profile(**together: float) -> Profile:
+        one = {"mlp": 0.5, "qk": 0.1, "vo": 0.05}
+        layer = {name: ModuleProfile(2, [4.0, 1.0, 0.0], 1, value) for name, value in one.items()}
+        return Profile([layer, layer], 10.0, together)
+
+    assert profile(attention=0.4, mlp=0.9).interplay() == pytest.approx({"attention": 0.1 / 0.09, "mlp": 0.0})
+    assert profile(attention=0.3, mlp=1.5).interplay() == pytest.approx({"attention": 0.0, "mlp": 0.5}, abs=1e-9)
+    assert profile().interplay() == {"attention": 0.0, "mlp": 0.0}
+    found = profile(attention=0.4, mlp=0.9)
+    probed = [LayerRanks(mlp=1, qk=1, vo=1)] * 2
+    assert total_loss(found.divergence(probed), found.interplay()) == pytest.approx(0.4 + 1.0)
 
 
 def test_losses_are_zero_at_full_rank_and_grow_as_ranks_fall() -> None:
@@ -177,6 +200,33 @@ def test_nothing_that_removes_as_much_loses_less_by_more_than_a_step(seed: int) 
             if count >= removed(mine)
         )
         assert cost <= best + largest
+
+
+@pytest.mark.parametrize("c", [0.0, 0.3, 4.0])
+def test_a_part_whose_losses_act_on_each_other_gives_less(c: float) -> None:
+    """Removing x and y units costs x^2 and S + c S^2 with S = y^2 / 4: 2 x = (y / 2) (1 + 2 c S) at the optimum."""
+    full, budget = 4000, 0.4
+    gone = torch.arange(full, -1, -1, dtype=torch.float64) / full
+    losses: list[dict[Module, torch.Tensor]] = [{"mlp": gone.square(), "qk": gone.square() / 4}]
+    modules = {"mlp": ModuleGeometry(full, 1), "qk": ModuleGeometry(full, 1)}
+    found = ranks_from_losses([LayerGeometry(modules, 2 * full)], losses, budget, 1, interplay={"attention": c})
+    x, y = (1 - found[0][name] / full for name in ("mlp", "qk"))
+    assert x + y == pytest.approx(2 * budget)
+    assert 2 * x == pytest.approx(y / 2 * (1 + 2 * c * y**2 / 4), abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("interplay", [{"attention": 0.5}, {"attention": 0.2, "mlp": 2.0}])
+def test_the_total_is_never_above_that_of_the_plain_sum(seed: int, interplay: dict[Part, float]) -> None:
+    losses, better = random_losses(seed, convex=True), 0
+    for ratio in (0.1, 0.2, 0.3, 0.4, 0.5):
+        plain, found = (ranks_from_losses(LAYERS, losses, ratio, 1, None, one) for one in ({}, interplay))
+        totals = [total_loss(losses_at(losses, one), interplay) for one in (plain, found)]
+        assert totals[1] <= totals[0]
+        better += totals[1] < totals[0]
+        counts = [removed(tuple(rank[module] for rank in one for module in MODULES)) for one in (plain, found)]
+        assert max(counts) - min(counts) <= 5  # each within half of the largest unit
+    assert better
 
 
 @pytest.mark.parametrize("align", [1, 2, 3])
