@@ -18,6 +18,8 @@ Losses = Sequence[Mapping[Module, torch.Tensor]]
 """Per layer and module that may be compressed, what is lost at ranks 0, 1, ..., full by this module alone."""
 Interplay = Mapping[Part, float]
 """c of every part, see :func:`total_loss`; 0 where not given."""
+_Step = tuple[float, int, Module, int]
+"""Loss per parameter, layer, module, and its rank afterwards."""
 #: Rounds in which the weights of the parts settle; each moves half of the way, in logarithms.
 _ROUNDS = 12
 
@@ -59,9 +61,17 @@ def ranks_from_losses(
     :class:`InvalidRequest` as :func:`average_sparsity` does.
     """
     interplay = {part: c for part, c in (interplay or {}).items() if c > 0}
+    steps = _steps(layers, losses, align)
     weights: dict[Part, float] = {}
-    best, least = _of_least_sum(layers, losses, ratio, align, base, weights), math.inf
-    found = best
+
+    def descend() -> list[LayerRanks]:
+        return _down(layers, list(losses[0]), sorted(steps, key=weighted), ratio, align, base)
+
+    def weighted(step: _Step) -> tuple[float, _Step]:
+        return step[0] * weights.get(part_of(step[2]), 1.0), step
+
+    found = best = descend()
+    least = math.inf
     for _ in range(_ROUNDS if interplay else 0):
         lost = losses_at(losses, found)
         if (total := total_loss(lost, interplay)) < least:
@@ -69,7 +79,7 @@ def ranks_from_losses(
         for part, own in by_part(lost).items():
             wanted = 1 + 2 * interplay.get(part, 0.0) * own
             weights[part] = math.sqrt(weights.get(part, 1.0) * wanted)
-        found = _of_least_sum(layers, losses, ratio, align, base, weights)
+        found = descend()
     return best
 
 
@@ -113,29 +123,32 @@ def largest_ratio(
     return low / 1000
 
 
-def _of_least_sum(
+def _steps(layers: Sequence[LayerGeometry], losses: Losses, align: int) -> list[_Step]:
+    """What can go next from every module, on its way down the hull."""
+    return [
+        (slope, index, module, rank)
+        for index, (layer, own) in enumerate(zip(layers, losses, strict=True))
+        for module, curve in own.items()
+        for slope, rank in _descent(layer.modules[module], curve, align)
+    ]
+
+
+def _down(
     layers: Sequence[LayerGeometry],
-    losses: Losses,
+    modules: Sequence[Module],
+    steps: Sequence[_Step],
     ratio: float,
     align: int,
     base: Base | None,
-    weights: Mapping[Part, float],
 ) -> list[LayerRanks]:
-    """The ranks of least sum of the losses, each times the weight of its part."""
-    modules = list(losses[0])
+    """The ranks after as many of the ``steps``, in their order, as the budget asks for."""
     base = base or Base.blocks(layers)
     average_sparsity(layers, modules, ratio, align, base)  # refuses what is out of reach
     wanted = ratio * base.parameters + base.extra
     kept: list[dict[Module, int]] = [
         {module: shape.full for module, shape in layer.modules.items()} for layer in layers
     ]
-    steps = [
-        (slope * weights.get(part_of(module), 1.0), index, module, rank)
-        for index, layer in enumerate(layers)
-        for module in modules
-        for slope, rank in _descent(layer.modules[module], losses[index][module], align)
-    ]
-    for _, index, module, rank in sorted(steps):
+    for _, index, module, rank in steps:
         shape, before = layers[index].modules[module], kept[index][module]
         last = shape.parameters_at(before) - shape.parameters_at(rank) >= wanted
         if last:
