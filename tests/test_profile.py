@@ -90,6 +90,33 @@ def test_sensitivities_are_those_of_models_with_one_module_compressed(method: st
             assert profile.together[part] == pytest.approx(divergence(model, one.model, probe), rel=2e-3, abs=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("method", "modules"),
+    [*(("greedy", one) for one in ("mlp", "qk", "vo", "qk,vo", "mlp,qk")), ("modegpt", "vo"), ("obc", "heads")],
+)
+def test_some_modules_alone(method: str, modules: str) -> None:
+    model, probe = tiny_llama(), windows(3, seed=2)
+    every = CompressionConfig.validated(ratio=0.05, method=method, allocation="sensitivity")
+    some = CompressionConfig.validated(ratio=0.05, method=method, allocation="sensitivity", modules=modules)
+    engine = Engine(resident(model), windows(), 3, probe=probe)
+    with engine.active():
+        whole_profile, profile = engine.profile(every), Engine(resident(model), windows(), 3, probe=probe)
+        with profile.active():
+            found = profile.profile(some)
+            result = profile.compress(METHODS[method].from_config(some), profile.choose_ranks(some), sequential=False)
+    for own, other in zip(found.layers, whole_profile.layers, strict=True):
+        assert tuple(own) == some.modules
+        for module, one in own.items():
+            assert one.errors == pytest.approx(other[module].errors)
+            assert one.divergence == pytest.approx(other[module].divergence, rel=1e-4, abs=1e-8)
+    full = whole(engine.geometry(METHODS[method].from_config(some))[0])
+    thinner = {module for rank in result.choice.ranks for module in full if rank[module] < full[module]}
+    assert thinner
+    assert thinner <= set(some.modules)
+    with torch.no_grad():
+        assert result.model(windows(2).ids).logits.isfinite().all()
+
+
 def test_curves_hold_the_objective_at_every_rank() -> None:
     model, data = tiny_llama(), windows()
     config = CompressionConfig.validated(ratio=0.3, method="greedy", allocation="sensitivity", ridge=1e-4)
@@ -131,6 +158,9 @@ def test_losses_are_zero_at_full_rank_and_grow_as_ranks_fall() -> None:
     losses = ModuleProfile.of(curve, 2, 0.1).losses()
     torch.testing.assert_close(losses, curve / 10)
     assert float(ModuleProfile.of(torch.zeros(5, dtype=torch.float64), 2, 1e-9).losses().sum()) == 0
+    assert float(ModuleProfile.of(curve, 2, 0.1).losses(0.5)[0]) == pytest.approx(0.9)
+    expected = torch.tensor([2.1, 0.85, 0.1, 0.05, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(ModuleProfile.of(curve, 2, 0.1).losses(2.1), expected)
     fine = torch.linspace(1, 0, 1001, dtype=torch.float64).square()
     kept = ModuleProfile.of(fine, 500, 0.25)
     assert len(kept.errors) == 129
@@ -241,6 +271,24 @@ def test_ranks_are_allowed_ones_and_meet_the_budget(ratio: float, align: int) ->
     assert abs(removed(mine) - ratio * sum(one.parameters for one in LAYERS)) <= 5 * align / 2
 
 
+@pytest.mark.parametrize("thousandths", range(20, 500, 30))
+def test_the_budget_is_met_by_the_smallest_steps_not_the_smallest_units(thousandths: int) -> None:
+    """As with experts, whose channels are small and go by eights."""
+    modules: dict[Module, ModuleGeometry] = {"mlp": ModuleGeometry(64, 24, multiple=8), "vo": ModuleGeometry(32, 40)}
+    one = LayerGeometry(modules, 64 * 24 + 32 * 40)
+    draw = torch.Generator().manual_seed(thousandths)
+    losses: list[dict[Module, torch.Tensor]] = [
+        {
+            name: float(torch.rand((), generator=draw)) * torch.linspace(1, 0, shape.full + 1, dtype=torch.float64) ** 2
+            for name, shape in modules.items()
+        }
+        for _ in range(2)
+    ]
+    found = ranks_from_losses([one, one], losses, thousandths / 1000, 1)
+    gone = sum((shape.full - rank[name]) * shape.unit_parameters for rank in found for name, shape in modules.items())
+    assert abs(gone - thousandths / 1000 * 2 * one.parameters) <= 20
+
+
 def test_only_the_modules_asked_for_lose_anything_and_too_much_is_refused() -> None:
     losses = [{"qk": one["qk"]} for one in random_losses(1, convex=True)]
     for rank in ranks_from_losses(LAYERS, losses, 0.1, 1):
@@ -276,6 +324,28 @@ def test_the_largest_ratio_within_a_limit_is_the_largest(share: float) -> None:
 
 
 # Runs
+
+
+@pytest.mark.parametrize("module", ["mlp", "vo"])
+def test_what_is_half_dead_is_not_free_beyond_that(module: str) -> None:
+    model = tiny_llama(intermediate_size=48)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    with torch.no_grad():
+        if module == "mlp":
+            mlp.up_proj.weight[24:] = 0
+        else:
+            attention.v_proj.weight.view(-1, 8, attention.v_proj.weight.shape[-1])[:, 4:] = 0
+    config = CompressionConfig.validated(ratio=0.4, method="greedy", allocation="sensitivity")
+    engine = Engine(resident(model), windows(16), 4, probe=windows(4, seed=3))
+    with engine.active():
+        profile, choice = engine.profile(config), engine.choose_ranks(config)
+    one = profile.layers[1][module]
+    assert one.faint
+    losses = profile.losses()
+    others = [float(losses[index][module][0]) for index in (0, 2)]
+    assert min(others) / 2 < float(losses[1][module][0]) < 2 * max(others)
+    assert float(losses[1][module][one.probed]) < 1e-3 * float(losses[1][module][0])
+    assert 1 < choice.ranks[1][module] <= one.probed
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4])

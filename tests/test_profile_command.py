@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -121,12 +122,16 @@ def test_a_target_is_never_passed(method: str, align: int, more: dict[str, Any])
     ("options", "words"),
     [
         ("--ratio 0.3 --samples 9", "--samples 9: the profile was made with 8; leave it out"),
+        ("--ratio 0.3 --ridge 0.5", "--ridge 0.5: the profile was made with 0.01; leave it out"),
+        ("--ratio 0.3 --method obc", "--method obc: the profile was made with greedy; leave it out"),
+        ("--max-perplexity-increase 10% --allocation uniform", "needs predictions; use --allocation sensitivity, not"),
         ("--ratio 0.3 --allocation block-influence", "--allocation block-influence needs calibration text"),
         ("--ratio 0.3 --statistics sequential", "--statistics sequential needs calibration text"),
         ("", "give one of --ratio, --target-parameters, --target-size, --max-perplexity-increase; given: none"),
         ("--ratio 0.3 --target-size 1GB", "given: --ratio, --target-size"),
         ("--target-size 1potato", "--target-size '1potato': give a size such as 4GiB or 250MB"),
         ("--target-parameters 1.2.3B", "--target-parameters '1.2.3B': give a number of parameters"),
+        ("--target-parameters 1e400", "--target-parameters '1e400': give a number of parameters"),
         ("--target-parameters 5B", "--target-parameters 5,000,000,000: the model has that already"),
         ("--target-size 1KB", "--target-size 1,000: embeddings, head and norms alone take more"),
         ("--max-perplexity-increase some", "--max-perplexity-increase 'some': give a share such as 10% or 0.1"),
@@ -202,6 +207,52 @@ def test_the_curve_begins_with_the_dense_model_and_rises(profile: Path, tiny_che
     assert len(re.findall("knee", outcome.out)) == 1
     assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
     assert "--plot" in run_cli("curve", profile, "--plot", tmp_path / "curve.mp3").err
+
+
+def test_what_attention_costs_together_is_in_the_curve_and_the_limit(
+    profile: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    dearer = Path(shutil.copytree(profile, tmp_path / "dearer"))
+    facts = json.loads((dearer / "profile.json").read_text())
+    facts["profile"]["together"]["attention"] += 0.5
+    (dearer / "profile.json").write_text(json.dumps(facts))
+    assert compress(tiny_checkpoint, tmp_path / "out", dearer, "--max-perplexity-increase", "10%").code == 0
+    report = CompressionReport.read(tmp_path / "out")
+    alone = sum(layer[name]["divergence"] for layer in facts["profile"]["layers"] for name in ("qk", "vo"))
+    attention, mlp = (
+        sum(
+            loss for layer in report.layers for name, loss in (layer.divergence or {}).items() if (name == "mlp") == own
+        )
+        for own in (False, True)
+    )
+    c = (facts["profile"]["together"]["attention"] - alone) / alone**2
+    predicted = mlp + attention + c * attention**2
+    assert 1.09 < math.exp(predicted) <= 1.1
+    plain, found = predicted_curve(profile), predicted_curve(dearer)
+    assert found.points[-1].perplexity > 1.05 * plain.points[len(found.points) - 1].perplexity
+
+
+@pytest.mark.parametrize(
+    ("made", "given"),
+    [
+        (("--method", "modegpt", "--ridge", "1e-3"), ("--method", "modegpt")),
+        (("--method", "obc", "--modules", "mlp"), ("--method", "obc")),
+        (("--modules", "qk,vo"), ()),
+    ],
+)
+def test_what_a_profile_settles_need_not_be_said_again(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, made: tuple[str, ...], given: tuple[str, ...]
+) -> None:
+    options = ("--calibration", text_file, "--samples", 8, "--sequence-length", 32)
+    outcome = run_cli("profile", tiny_checkpoint, "-o", tmp_path / "p", *options, *made)
+    assert outcome.code == 0, outcome.err
+    outcome = compress(tiny_checkpoint, tmp_path / "out", tmp_path / "p", "--ratio", 0.05, *given)
+    assert outcome.code == 0, outcome.err
+    settled = CompressionReport.read(tmp_path / "out").options
+    assert all(
+        str(settled[name[2:]]) in (value, str(float(value) if name == "--ridge" else value.split(",")))
+        for name, value in zip(made[::2], made[1::2], strict=True)
+    )
 
 
 def test_the_curve_of_maps_with_a_shared_factor(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def ranks_from_sparsity(
     units: list[dict[Module, int]] = []
     for layer, shares in zip(layers, sparsity, strict=True):
         kept: dict[Module, int] = {module: shape.full for module, shape in layer.modules.items()}
-        finest, *_ = from_finest(layer, shares)
+        finest, *_ = from_finest(layer, shares, align)
         coarsest = max(
             shares, key=lambda module: layer.modules[module].unit_parameters * layer.modules[module].step(align)
         )
@@ -256,7 +256,7 @@ def ranks_from_sparsity(
         units.append(kept)
     for place, limited in ((0, True), (0, False), (1, False), (2, False), (0, False)):
         for layer, shares, kept in reversed(list(zip(layers, sparsity, units, strict=True))):
-            for module in from_finest(layer, shares)[place : place + 1]:
+            for module in from_finest(layer, shares, align)[place : place + 1]:
                 geometry, before = layer.modules[module], kept[module]
                 missing = carry / geometry.unit_parameters
                 room = max(geometry.step(align), _TAKEN * geometry.full) if limited else geometry.full
@@ -265,9 +265,10 @@ def ranks_from_sparsity(
     return [ranks_of(kept) for kept in units]
 
 
-def from_finest(layer: LayerGeometry, modules: Iterable[Module]) -> list[Module]:
-    """The modules, from that whose units are smallest, hence best at meeting a budget."""
-    return sorted(modules, key=lambda module: layer.modules[module].unit_parameters)
+def from_finest(layer: LayerGeometry, modules: Iterable[Module], align: int) -> list[Module]:
+    """The modules, from that whose steps are smallest, hence best at meeting a budget."""
+    shapes = layer.modules
+    return sorted(modules, key=lambda module: shapes[module].unit_parameters * shapes[module].step(align))
 
 
 def kept_parameters(layers: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> int:

@@ -193,7 +193,8 @@ def curve(
 ) -> None:
     """Predict perplexity against size from a profile, and mark the knee.
 
-    Predictions leave out how modules act on one another; the text is what sensitivities were measured on.
+    On the text that sensitivities were measured on. Of how modules act on one another, predictions know what all of
+    attention and all MLPs cost together, at one rank.
     """
     from .console import curve_table, say
     from .curve import plot as draw

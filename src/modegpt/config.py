@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,10 @@ def _quantity(value: object, units: Mapping[str, int], wanted: str) -> object:
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)", value.strip(), flags=re.IGNORECASE)
     if found is None or found[2].upper() not in units or found[1].count(".") > 1 or found[1] == ".":
         raise ValueError(f"give {wanted}")
-    return round(float(found[1]) * units[found[2].upper()])
+    number = float(found[1]) * units[found[2].upper()]
+    if math.isinf(number):
+        raise ValueError(f"give {wanted}")
+    return round(number)
 
 
 def _option(field: str) -> str:
@@ -186,7 +190,9 @@ class CompressionConfig(BaseModel):
             )
         if self.ratio is None and self.ratio_of != "blocks":
             raise ValueError(f"--ratio-of {self.ratio_of} goes with --ratio, not {_option(given[0])}")
-        predicted = self.allocation == "sensitivity" or getattr(self, "profile_from", None) is not None
+        # A profile's own allocation, where no other is asked for.
+        profiled = getattr(self, "profile_from", None) is not None and "allocation" not in self.model_fields_set
+        predicted = self.allocation == "sensitivity" or profiled
         if self.max_perplexity_increase is not None and not predicted:
             raise ValueError(
                 f"--max-perplexity-increase needs predictions; use --allocation sensitivity, not {self.allocation}"

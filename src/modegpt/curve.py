@@ -13,13 +13,15 @@ from .config import CompressionConfig
 from .errors import CheckpointError, InvalidRequest
 from .families import check_family, model_geometry
 from .kept import open_kept
-from .least_loss import ranks_from_losses, total_loss
+from .least_loss import losses_at, ranks_from_losses, total_loss
 from .methods import METHODS
 from .origin import Origin
 from .sources import empty_model
 
 #: Of the decoder blocks' parameters.
 RATIOS = tuple(step / 100 for step in range(0, 65, 5))
+#: Nats of loss, beyond which nothing is left of the model, nor of the prediction.
+_WORST = 20.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Curve:
 
 
 def predicted_curve(directory: Path, align: int = 1) -> Curve:
-    """The curve of the profile in ``directory``; ratios out of reach are left out.
+    """The curve of the profile in ``directory``; ratios out of reach are left out, and those where nothing is left.
 
     ln ppl(r) = ln ppl(dense) + sum over parts of S + c S^2, S the sum over modules of D(rank at r), see
     :class:`modegpt.results.ModuleProfile` and :meth:`modegpt.results.Profile.interplay`. Raises
@@ -69,7 +71,9 @@ def predicted_curve(directory: Path, align: int = 1) -> Curve:
             ranks = ranks_from_losses(layers, losses, ratio, align, interplay=interplay)
         except InvalidRequest:  # out of reach
             break
-        cost = total_loss(profile.divergence(ranks), interplay)
+        cost = total_loss(losses_at(losses, ranks), interplay)
+        if cost > _WORST:
+            break
         parameters = everything - blocks + kept_parameters(layers, ranks)
         points.append(Point(ratio, parameters, profile.perplexity * math.exp(cost)))
     return Curve(origin.source, points, knee([math.log(point.perplexity) for point in points]))

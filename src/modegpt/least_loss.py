@@ -158,7 +158,7 @@ def _down(
         if last:
             break
     for index, layer in enumerate(layers):  # less than half a step of the last module is left
-        finest, *_ = from_finest(layer, modules)
+        finest, *_ = from_finest(layer, modules, align)
         shape, before = layer.modules[finest], kept[index][finest]
         rank = shape.nearest(before - wanted / shape.unit_parameters, align)
         wanted -= shape.parameters_at(before) - shape.parameters_at(rank)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedConfig
 
-from .config import NONE, RunConfig
+from .config import DEFAULT_METHOD, NONE, RunConfig
 from .errors import CheckpointError, InvalidRequest
 from .files import replace_file
 from .kept import PROFILE_FILE
@@ -61,10 +61,11 @@ class Origin(BaseModel):
         Nothing is evaluated unless ``--evaluate`` names a text: held-out text would be calibration text.
         """
         settled = RunConfig.validated(**{name: self.options[name] for name in _TAKEN}, **_anything(config))
-        usual = RunConfig.validated(**_anything(config))
+        usual = RunConfig.validated(method=config.method, **_anything(config))
         for name in _TAKEN:
             given, own = getattr(config, name), getattr(settled, name)
-            if given not in (own, getattr(usual, name)) and (name, given) != ("calibration", NONE):
+            default = DEFAULT_METHOD if name == "method" else getattr(usual, name)
+            if given not in (own, default) and (name, given) != ("calibration", NONE):
                 option = "--" + name.replace("_", "-")
                 raise InvalidRequest(f"{option} {_words(given)}: the profile was made with {_words(own)}; leave it out")
         for name, possible in (("allocation", ("sensitivity", "uniform")), ("statistics", ("dense",))):

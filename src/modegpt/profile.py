@@ -63,7 +63,7 @@ class Profiler:
 
     def __init__(self, engine: Engine, method: Method, modules: Sequence[Module], probe: TokenWindows) -> None:
         self._engine = engine
-        self._method = method
+        self._method, self._modules = method, modules
         self._batches = engine.own_batches(probe)
         self._runner = LayerRunner(engine.dense, self._batches, engine.workers)
         self._geometry = engine.geometry(method)
@@ -106,7 +106,7 @@ class Profiler:
         modules = [
             {
                 module: ModuleProfile.of(curve[module], self._probed[module,][index][module], own[index, module])
-                for module in curve
+                for module in self._modules
             }
             for index, curve in enumerate(curves)
         ]

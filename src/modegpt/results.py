@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 
@@ -12,6 +13,8 @@ from .least_loss import Part, by_part, losses_at
 
 #: Points of an error curve that are kept; in between it is a straight line.
 _POINTS = 128
+#: Of J(0), and in nats: what rounding and the ridge make of an error and a divergence that are none.
+_FAINT_ERROR, _FAINT_DIVERGENCE = 1e-2, 1e-5
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,26 @@ class ModuleProfile:
         full = len(curve) - 1
         return cls(full, curve[cls.ranks(full)].tolist(), probed, divergence)
 
-    def losses(self) -> torch.Tensor:
-        """D at ranks 0, 1, ..., full: (full + 1,) float64."""
+    def curve(self) -> torch.Tensor:
+        """J at ranks 0, 1, ..., full: (full + 1,) float64."""
         ranks = self.ranks(self.full)
         curve = torch.zeros(self.full + 1, dtype=torch.float64)
         for low, high, above, below in zip(ranks, ranks[1:], self.errors, self.errors[1:], strict=False):
             curve[low : high + 1] = torch.linspace(above, below, high - low + 1, dtype=torch.float64)
-        scale = float(curve[self.probed])
-        return curve * (max(0.0, self.divergence) / scale) if scale > 0 else torch.zeros_like(curve)
+        return curve
+
+    def losses(self, all_lost: float = 0.0) -> torch.Tensor:
+        """D at ranks 0, 1, ..., full: (full + 1,) float64; from p it rises with J to at least ``all_lost`` at 0."""
+        curve, p = self.curve(), self.probed
+        found = curve * (max(0.0, self.divergence) / float(curve[p])) if curve[p] > 0 else torch.zeros_like(curve)
+        if all_lost > found[0] and curve[0] > curve[p]:
+            found[:p] = found[p] + (all_lost - found[p]) * (curve[:p] - curve[p]) / (curve[0] - curve[p])
+        return found
+
+    @property
+    def faint(self) -> bool:
+        """Whether rank p costs so little that D(p) / J(p) says nothing of ranks below."""
+        return self.divergence < _FAINT_DIVERGENCE and float(self.curve()[self.probed]) < _FAINT_ERROR * self.errors[0]
 
 
 @dataclass(frozen=True)
@@ -104,8 +119,21 @@ class Profile:
     """The divergence with the modules of a part at their probed ranks in all layers at once."""
 
     def losses(self) -> list[dict[Module, torch.Tensor]]:
-        """D of every module at ranks 0, 1, ..., full."""
-        return [{module: one.losses() for module, one in layer.items()} for layer in self.layers]
+        """D of every module at ranks 0, 1, ..., full.
+
+        Where half of the rank is next to nothing, as with many dead channels, the module is taken to lose at rank 0
+        no less than the median of its type in the layers where it is not.
+        """
+        lost: dict[Module, list[float]] = {}
+        for layer in self.layers:
+            for module, one in layer.items():
+                if not one.faint:
+                    lost.setdefault(module, []).append(float(one.losses()[0]))
+        usual = {module: median(values) for module, values in lost.items()}
+        return [
+            {module: one.losses(usual.get(module, 0.0) if one.faint else 0.0) for module, one in layer.items()}
+            for layer in self.layers
+        ]
 
     def divergence(self, ranks: Sequence[LayerRanks]) -> list[dict[Module, float]]:
         """What every module is predicted to cost by itself at these ``ranks``, in nats per token."""
