@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from modegpt.families import family_of
 from modegpt.layered import LayeredModel
 from modegpt.layout import HeadShape
 from modegpt.logits import attended, logit_features
-from modegpt.methods import SVD, SVDLLM, Greedy, ModeGPT
+from modegpt.methods import SVD, SVDLLM, Greedy, ModeGPT, Solution
 from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.sources import ModelSource, empty_model
-from modegpt.statistics import GramSum
+from modegpt.statistics import GramSum, LayerStatistics, gates_of
 from modegpt.stored import INDEX_FILE, WEIGHTS_FILE, SafetensorsDirectory
+from modegpt.weights import read_mlp
 
 CPU = torch.device("cpu")
 ROPE = {"rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -485,6 +488,23 @@ def test_gram_costs_of_factorised_methods_are_the_counted_operations() -> None:
             GramSum().add(torch.ones(tokens, width))
     assert counter.get_total_flops() == tokens * gram_flops(sizes, SVDLLM.statistics, 2048)
     assert gram_flops(sizes, SVD.statistics, 2048) == 0
+
+
+def test_costs_of_the_second_fit_are_about_the_counted_operations() -> None:
+    sizes = Sizes(layers=1, hidden=64, intermediate=192, heads=4, groups=2, head=16, gates=2)
+    model = tiny_llama(hidden_size=64, intermediate_size=192)
+    layer, family = model.model.layers[0], family_of(model).description
+    weights, rows = read_mlp(layer, family), torch.randn(800, 64)
+    statistics = LayerStatistics({"mlp_rows": rows}, gates=partial(gates_of, layer, family, rows))
+    kept = torch.arange(128)
+    solution = Solution(weights.select(kept, weights.output[kept]), 1.0, 1.0, kept)
+    with FlopCounterMode(display=False) as counter:
+        finished = Greedy(1e-2).finished(solution, weights, statistics)
+    assert finished.error < 1
+    # The counter does not see factorisations and solves, and all steps may not be taken.
+    expected = Greedy(1e-2).finish_flops(sizes, 800, 2 / 3)
+    assert 0.7 * expected < counter.get_total_flops() < expected
+    assert Greedy(1e-2).finish_flops(replace(sizes, gates=1), 800, 2 / 3) == 0
 
 
 def test_costs_of_the_greedy_methods_statistics_are_the_counted_operations() -> None:

@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .budget import Module
+from .decompositions.gated import HELD_OUT
 from .families import decoder_layers, family_of
 from .layout import HeadShape, expert_count, mlp_maps, norms
 from .logits import KEYS, QUERIES
 from .modeling import Family
-from .statistics import Statistic, panels
+from .statistics import SAMPLED_ROWS, Statistic, panels
 
 _K = TypeVar("_K")
+#: Steps of the second fit that are taken to be made, of at most :data:`modegpt.decompositions.gated.STEPS`.
+_TAKEN = 2.5
 _EXPERTS_EVERYWHERE: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 
 
@@ -152,9 +155,23 @@ def head_flops(hidden: int, vocabulary: int) -> float:
     return 2.0 * hidden * vocabulary
 
 
-def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
-    """The float64 sums of one layer."""
-    elements = {
+def sampled_rows(sizes: Sizes, tokens: int) -> int:
+    """How many of the calibration ``tokens`` at most are kept as they enter the MLP."""
+    return min(tokens, SAMPLED_ROWS) if sizes.experts == 1 and sizes.gates == 2 else 0
+
+
+def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic], tokens: int) -> int:
+    """The float64 sums of one layer calibrated on so many ``tokens``, and what is kept of these in float32."""
+    rows = 4 * sampled_rows(sizes, tokens) * sizes.hidden if "mlp_rows" in wanted else 0
+    return rows + 8 * (sum(_elements(sizes)[name] for name in wanted if name != "mlp_rows") + _normed(sizes, wanted))
+
+
+def _normed(sizes: Sizes, wanted: Collection[Statistic]) -> int:
+    return sizes.normed if wanted else 0
+
+
+def _elements(sizes: Sizes) -> dict[Statistic, int]:
+    return {
         "mlp": sizes.experts * sizes.intermediate**2,
         "attention_input": sizes.hidden**2,
         "mlp_input": sizes.hidden**2,
@@ -167,14 +184,14 @@ def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
         "attention_input_moments": 2 * sizes.hidden,
         "head_outputs_moments": 2 * sizes.heads * sizes.head,
     }
-    return 8 * (sum(elements[name] for name in wanted) + (sizes.normed if wanted else 0))
 
 
-def kept_bytes(sizes: Sizes, wanted: Collection[Statistic]) -> int:
+def kept_bytes(sizes: Sizes, wanted: Collection[Statistic], tokens: int) -> int:
     """The same as :mod:`modegpt.kept` has it: in float32, of the largest sums about half."""
     m = sizes.intermediate
     below_diagonal = sizes.experts * (m**2 - round(_panel_flops(m) / 2)) if "mlp" in wanted else 0
-    return statistics_bytes(sizes, wanted) // 2 - 4 * below_diagonal
+    sums = statistics_bytes(sizes, wanted, 0)
+    return statistics_bytes(sizes, wanted, tokens) - sums // 2 - 4 * below_diagonal
 
 
 def elimination_bytes(sizes: Sizes) -> int:
@@ -184,6 +201,33 @@ def elimination_bytes(sizes: Sizes) -> int:
     """
     made_up = 0 if sizes.experts == 1 else sizes.intermediate**2
     return 8 * (made_up + 3 * sizes.intermediate**2 + 3 * sizes.intermediate * sizes.hidden)
+
+
+def correction_flops(sizes: Sizes, tokens: int, kept: float) -> float:
+    """Operations of the up-projection's second fit in one layer, mostly in products of rows.
+
+    The gates and outputs of the dense and the thin MLP, the preconditioner with its factors, and for every step its
+    own output, the adjoint of that, the held-out rows' and the preconditioner's solves.
+    """
+    rows, d, m = sampled_rows(sizes, tokens), sizes.hidden, sizes.intermediate
+    k, fitted = kept * m, 1 - 1 / HELD_OUT
+    if not rows:
+        return 0.0
+    dense = 10.0 * rows * d * m + 4 * rows * d * k
+    preconditioner = fitted * rows * 2 * (d**2 + k**2) + 2 * k**2 * d + (d**3 + k**3) / 3
+    step = (8 * fitted + 4 / HELD_OUT) * rows * d * k + 4 * d * k * (d + k)
+    return dense + preconditioner + (4 * fitted + 4 / HELD_OUT) * rows * d * k + _TAKEN * step
+
+
+def correction_bytes(sizes: Sizes, tokens: int, kept: float) -> int:
+    """What it holds at once besides the statistics and the layer.
+
+    Of the rows the gates of all channels and of those that stay (once more apart from the held-out ones), inputs,
+    residuals and one step's outputs; the preconditioner in float64, and a few matrices of the map's size.
+    """
+    rows, d, m = sampled_rows(sizes, tokens), sizes.hidden, sizes.intermediate
+    k = kept * m
+    return round(4 * rows * (m + 2 * k + 4 * d) + 8 * (3 * k**2 + 3 * d**2 + 3 * d * k)) if rows else 0
 
 
 def head_elimination_bytes(sizes: Sizes) -> int:

@@ -138,6 +138,11 @@ def intermediate_size(layer: nn.Module, family: Family) -> int:
     return features(layer.get_submodule(family.mlp_output))[0]
 
 
+def is_gated(layer: nn.Module, family: Family) -> bool:
+    """Whether two maps go into the MLP's intermediate space, one of them a gate; not of experts."""
+    return not has_experts(layer, family) and len(mlp_maps(layer, family)[0]) == 2
+
+
 def mlp_maps(layer: nn.Module, family: Family, expert: int | None = None) -> tuple[list[Map], torch.Tensor]:
     """The maps into the intermediate space, each (d, m), and W_D (m, d): of the MLP, or of one ``expert``."""
     if expert is not None:

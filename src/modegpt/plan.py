@@ -285,12 +285,13 @@ def _device(config: RunConfig, shape: Shape) -> list[Part]:
 def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     """What is held where the model runs: the rest of the model, layers, and the larger of what is done with one."""
     batch = min(config.batch_size, config.samples) * config.sequence_length
-    statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics)
+    tokens = config.samples * config.sequence_length
+    statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics, tokens)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
     kept = 1 - _ratio(config) if config.allocation == "uniform" else 1 - _ratio(config) / 2
     method = METHODS[config.method].from_config(config)
-    solve = statistics + method.solve_bytes(shape.sizes, config.samples * config.sequence_length, kept)
+    solve = statistics + method.solve_bytes(shape.sizes, tokens, kept)
     logits = 0
     if config.evaluate != NONE:
         logits = config.batch_size * min(HEAD_POSITIONS, config.sequence_length) * shape.vocabulary * (shape.item + 8)
@@ -304,7 +305,8 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
 
 
 def _disk(config: RunConfig, shape: Shape) -> list[Part]:
-    kept = shape.sizes.layers * kept_bytes(shape.sizes, METHODS[config.method].statistics)
+    tokens = config.samples * config.sequence_length
+    kept = shape.sizes.layers * kept_bytes(shape.sizes, METHODS[config.method].statistics, tokens)
     statistics = [Part(name="statistics", bytes=kept)] if _profiles(config) else []
     if isinstance(config, ProfileConfig):
         return statistics
@@ -396,7 +398,8 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     dense_kept = config.statistics == "dense" and (profiled or config.profile_from)
     if method.statistics and not dense_kept:
         phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
-    phases.append(phase("solve", solve=solve))
+    finish = sizes.layers * method.finish_flops(sizes, config.samples * window, kept)
+    phases.append(phase("solve", solve=solve, forward=finish))  # whose products are like those of a forward pass
     if method.statistics and config.statistics == "sequential" and not method.one_pass:
         # The last layer's outputs are nobody's inputs.
         phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))

@@ -129,7 +129,7 @@ class Profiler:
             for stream in self._streams.values():
                 self._runner.run_layer(index, stream)
         for group, thin in self._thin.items():
-            state, _ = self._solver.cut(ladders, layer, thin.layers[index], self._probed[group][index])
+            state, _ = self._solver.cut(ladders, layer, thin.layers[index], self._probed[group][index], final=False)
             streams = [self._together[part] for part, modules in self._parts.items() if modules == group]
             if len(group) == 1:
                 self._streams[index, group[0]] = self._clean.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .modeling import Family
 from .parallel import Workers
 from .progress import Progress
 from .results import ModuleResult
-from .statistics import LayerStatistics
+from .statistics import LayerStatistics, gates_of
 from .weights import (
     HeadWeights,
     MLPWeights,
@@ -107,14 +108,14 @@ class LayerSolver:
         return LayerLadders(index, owners, own, seeded, statistics.expert_tokens)
 
     def cut(
-        self, ladders: LayerLadders, layer: nn.Module, thin: nn.Module, rank: LayerRanks
+        self, ladders: LayerLadders, layer: nn.Module, thin: nn.Module, rank: LayerRanks, *, final: bool = True
     ) -> tuple[Tensors, dict[Module, ModuleResult]]:
-        """The state of the compressed layer at ``rank`` and the results, on every worker."""
+        """The state of the compressed layer at ``rank`` and the results, on every worker; finished if ``final``."""
         solved: dict[Part, tuple[Tensors, Outcome]] = {}
         with self._own_randomness():
             for part, ladder in ladders.own.items():
                 ladders.seeded(part)
-                solution = ladder.at(rank[part[0]])
+                solution = ladder.final(rank[part[0]]) if final else ladder.at(rank[part[0]])
                 solved[part] = self._tensors(part, solution), Outcome.of(solution)
         state = self._untouched(layer, {part[0] for part in ladders.owners})
         geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
@@ -154,6 +155,8 @@ class LayerSolver:
         weights = self._read(part, layer)
         if expert is not None:
             statistics = _for_expert(statistics, expert, weights)
+        elif module == "mlp" and "mlp_rows" in statistics.sums:
+            statistics = replace(statistics, gates=partial(gates_of, layer, self._family, statistics["mlp_rows"]))
         return method.solvers()[module](weights, statistics)
 
     def _read(self, part: Part, layer: nn.Module) -> Any:

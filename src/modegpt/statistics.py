@@ -26,11 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .data import TokenWindows
 from .families import is_capped
-from .layout import HeadShape, expert_count, query_key_value
+from .layout import HeadShape, expert_count, intermediate_size, is_gated, query_key_value
 from .logits import attended, logit_features
 from .modeling import Family, is_joint
 from .parallel import Workers
 
+#: Tokens that :attr:`mlp_rows <Statistic>` are of, at most: evenly spread over the windows.
+SAMPLED_ROWS = 8192
 #: Tokens whose products are summed in float32 before they join the float64 sum.
 BLOCK_ROWS = 2048
 #: Keeps the squares of a zero vector finite, namely zero.
@@ -75,6 +77,8 @@ class GramSum:
         workers.sum(self._sum)
         for panel in self._panels:
             self._sum[..., panel.stop :, panel] = self._sum[..., panel, panel.stop :].mT
+            own = self._sum[..., panel, panel]  # of which some routines round the halves differently
+            own.copy_(own.triu() + own.triu(1).mT)
         return self._sum
 
 
@@ -112,6 +116,9 @@ class MomentSum:
 #: head_outputs     C = Z^T Z of what all heads put out, without the value bias: (H h, H h)
 #: logits           F, the covariance of the features of every head's logits: (G, g, h, h), see decompositions.logits
 #:
+#: mlp_rows         no sum but x itself, what enters the MLP, of every so many tokens, in the order of the windows:
+#:                  (S, d) in the products' dtype. Of gated MLPs only, and not of experts
+#:
 #: Of some activations only the sums of x and of x^2 can be had, which cost next to nothing: (2, n), see
 #: :class:`MomentSum`. ``mlp_input`` is what goes into the MLP's first maps. Of experts they are (E, 2, n), each over
 #: the tokens that are routed to it.
@@ -127,6 +134,7 @@ Statistic = Literal[
     "mlp_input_moments",
     "attention_input_moments",
     "head_outputs_moments",
+    "mlp_rows",
 ]
 #: Where queries and keys are normed, these are gathered with any others: U = sum of u^T u, u_i = n x_i^2 / sum_j x_j^2
 #: for the n channels that go into a norm. Of queries (G, g, h, h) and keys (G, h, h), or, for norms over all heads,
@@ -136,7 +144,7 @@ Squares = Literal["query_squares", "key_squares"]
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Second moments of one layer's activations, summed over ``tokens`` real (unmasked) tokens; all float64."""
+    """Second moments of one layer's activations, summed over ``tokens`` real (unmasked) tokens; sums are float64."""
 
     sums: Mapping[Statistic | Squares, torch.Tensor]
     tokens: int = 0
@@ -144,6 +152,8 @@ class LayerStatistics:
     """Relative precision of the products: those of float32, or of float64 for a model in float64."""
     expert_tokens: tuple[int, ...] | None = None
     """Tokens routed to each expert, where there are experts."""
+    gates: Callable[[], torch.Tensor] | None = None
+    """Makes sigma(x W_G) of ``mlp_rows``, (S, m), see :func:`gates_of`; None without these."""
 
     def __getitem__(self, name: Statistic) -> torch.Tensor:
         """One of the sums; raises ``KeyError`` where it was not asked for."""
@@ -210,11 +220,16 @@ def observable(model: PreTrainedModel) -> Iterator[None]:
 class StatisticsCollector:
     """Accumulates the :class:`LayerStatistics` of one stock decoder layer while it runs."""
 
-    def __init__(self, layer: nn.Module, family: Family, shape: HeadShape, wanted: Collection[Statistic]) -> None:
+    def __init__(
+        self, layer: nn.Module, family: Family, shape: HeadShape, wanted: Collection[Statistic], every: int = 1
+    ) -> None:
+        """Of every so many tokens of a window, from the first, ``mlp_rows`` hold one."""
         self._attention = layer.get_submodule(family.attention)
         self._family = family
         self._shape = shape
         self._wanted = wanted
+        self._every = every
+        self._rows: list[torch.Tensor] = []
         self._mask: torch.Tensor | None = None
         self._sums: dict[str, GramSum | MomentSum] = {}
         self._tokens = 0
@@ -229,6 +244,7 @@ class StatisticsCollector:
         else:
             self._mlp_input = layer.get_submodule(family.mlp_inputs[0])
             self._mlp_output = layer.get_submodule(family.mlp_output)
+        self._samples = "mlp_rows" in wanted and is_gated(layer, family)
         if "logits" in wanted:
             h = shape.head
             self._logits = torch.zeros(shape.heads, h, h, dtype=torch.float64, device=self._device)
@@ -263,6 +279,8 @@ class StatisticsCollector:
             hooks.append(self._mlp_output.register_forward_pre_hook(self._input("mlp")))
         if self._mlp_input is not None and self._asked("mlp_input"):
             hooks.append(self._mlp_input.register_forward_pre_hook(self._input("mlp_input")))
+        if self._mlp_input is not None and self._samples:
+            hooks.append(self._mlp_input.register_forward_pre_hook(self._sample))
         for norm, name, projection in zip(family.norms, ("query", "key"), family.input_maps, strict=False):
             if self._wanted and norm is not None and getattr(attention, norm, None) is not None:
                 joint = is_joint(getattr(attention, norm), self._count(name), self._shape.head)
@@ -276,6 +294,7 @@ class StatisticsCollector:
 
     def next_batch(self, batch: TokenWindows) -> None:
         """Announce the batch about to run."""
+        self._batch = batch
         self._real = batch.mask
         self._mask = None if batch.mask is None else batch.mask.flatten()
         self._tokens += batch.tokens
@@ -304,6 +323,8 @@ class StatisticsCollector:
                 grams += parts
             workers.sum(self._routed)
             routed = tuple(self._routed.tolist())
+        if self._samples:
+            sums["mlp_rows"] = self._all_rows(workers)
         resolution = max((gram.resolution for gram in grams), default=0.0)
         return LayerStatistics(cast(Any, sums), int(tokens), resolution, routed)
 
@@ -315,6 +336,21 @@ class StatisticsCollector:
 
     def _input(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _, args: self._add(name, args[0].flatten(0, -2))
+
+    def _sample(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].detach().view(*self._batch.ids.shape, -1)[:, :: self._every]
+        x = x.flatten(0, 1) if self._real is None else x[self._real.to(x.device)[:, :: self._every]]
+        self._rows.append(x if x.dtype == torch.float64 else x.float())
+
+    def _all_rows(self, workers: Workers) -> torch.Tensor:
+        """Those of all workers, in the order of the batches that they share."""
+        own = {str(number): rows for number, rows in enumerate(self._rows)}
+        found = [
+            workers.tensors(own if source == workers.rank else None, source, self._device)
+            for source in range(workers.size)
+        ]
+        numbers = range(max(map(len, found)))
+        return torch.cat([rows[str(number)] for number in numbers for rows in found if str(number) in rows])
 
     def _head_outputs(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         outputs = args[0].flatten(0, -2)
@@ -370,3 +406,23 @@ class StatisticsCollector:
 
 def _sum_of(name: str) -> type[GramSum] | type[MomentSum]:
     return MomentSum if name.endswith("_moments") else GramSum
+
+
+def gates_of(layer: nn.Module, family: Family, rows: torch.Tensor) -> torch.Tensor:
+    """sigma(x W_G) (S, m) of the ``rows`` x (S, d) that enter the gated MLP of a stock ``layer``, in their dtype.
+
+    It is what enters the output map where x W_U is one, whatever the family calls its activation.
+    """
+    found: list[torch.Tensor] = []
+    output, up = layer.get_submodule(family.mlp_output), family.mlp_inputs[-1]
+    width = intermediate_size(layer, family)
+
+    def ones(_: nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
+        return torch.cat((out[..., :-width], torch.ones_like(out[..., -width:])), dim=-1)
+
+    with ExitStack() as stack, torch.no_grad():
+        stack.callback(layer.get_submodule(up).register_forward_hook(ones).remove)
+        stack.callback(output.register_forward_pre_hook(lambda _, args: found.append(args[0][0])).remove)
+        for some in rows.to(next(output.parameters()).dtype).split(BLOCK_ROWS):
+            layer.get_submodule(up.rpartition(".")[0])(some[None])
+    return torch.cat(found).to(rows.dtype)

@@ -9,6 +9,7 @@ from .cr import CRDecomposition, channel_scores, couples, cr_decomposition
 from .elimination import Elimination, greedy_elimination, refit, regularised, unit_channels
 from .experts import weight_energies, with_pseudo_tokens
 from .fluctuation import fluctuation, mean_contribution, standardised
+from .gated import gated_correction
 from .linalg import top_indices
 from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate, selection_ladder
 from .low_rank import LowRank, activation_scales, break_even, low_rank, whitening
@@ -37,6 +38,7 @@ __all__ = [
     "cr_decomposition",
     "energy_bases",
     "fluctuation",
+    "gated_correction",
     "greedy_elimination",
     "group_bases",
     "kept_coefficients",

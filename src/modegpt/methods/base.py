@@ -74,6 +74,12 @@ class Ladder(Generic[Weights]):
     at: Callable[[int], Solution[Weights]]
     errors: torch.Tensor | Callable[[], torch.Tensor] | None = None
     """The objective at ranks 0, 1, ..., ``full``, where a method knows it for all of them: (full + 1,) float64."""
+    finish: Callable[[Solution[Weights]], Solution[Weights]] | None = None
+    """What is worth its time once the rank is chosen; changes the weights of a solution of ``at``, not their shapes."""
+
+    def final(self, rank: int) -> Solution[Weights]:
+        """The solution at ``rank``, finished."""
+        return self.at(rank) if self.finish is None else self.finish(self.at(rank))
 
     def curve(self) -> torch.Tensor:
         """The objective at ranks 0, 1, ..., ``full``, never increasing; interpolated between some where not known."""
@@ -139,6 +145,10 @@ class Method(ABC):
     def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
         """Operations to solve one ``module`` (or one expert) of a layer, keeping the share ``kept``."""
         return costs.solve_flops(module, sizes, kept)
+
+    def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
+        """Operations to finish a layer that was calibrated on so many ``tokens``, see :meth:`Ladder.final`."""
+        return 0.0
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
         """What solving a layer calibrated on so many ``tokens`` holds at once besides the statistics and the layer."""

@@ -13,6 +13,7 @@ from ..decompositions import (
     channel_scores,
     couples,
     energy_bases,
+    gated_correction,
     greedy_elimination,
     group_bases,
     kept_coefficients,
@@ -25,7 +26,7 @@ from ..decompositions import (
     value_ladder,
     weight_energies,
 )
-from ..statistics import LayerStatistics
+from ..statistics import BLOCK_ROWS, LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 from .base import ChannelMethod, Ladder, Method, Ridged, Solution
 
@@ -46,11 +47,16 @@ class Greedy(Ridged, ChannelMethod):
     summary = "channels and rotary pairs go one by one, those that stay are re-fitted; values as heads put them out"
     allocation = "sensitivity"
     default_ridge = 1e-2
-    statistics = frozenset({"mlp", "query", "key", "logits", "head_outputs"})
+    statistics = frozenset({"mlp", "mlp_rows", "query", "key", "logits", "head_outputs"})
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
-        """Of the fit at one rank or of the elimination, what is more."""
-        return max(costs.solve_bytes(sizes, tokens, kept), costs.elimination_bytes(sizes))
+        """Of the elimination, the fit at one rank and the second fit of its inputs, what is most."""
+        fits = costs.solve_bytes(sizes, tokens, kept), costs.correction_bytes(sizes, tokens, kept)
+        return max(costs.elimination_bytes(sizes), *fits)
+
+    def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
+        """The second fit of the MLP's inputs."""
+        return costs.correction_flops(sizes, tokens, kept)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""
@@ -70,7 +76,25 @@ class Greedy(Ridged, ChannelMethod):
             return Solution(weights.select(kept, fitted), error, norm, kept)
 
         errors = torch.cat((result.errors, result.errors.new_tensor([norm]))).flip(0)
-        return Ladder(len(output), at, errors)
+        return Ladder(len(output), at, errors, lambda solution: self.finished(solution, weights, statistics))
+
+    def finished(
+        self, solution: Solution[MLPWeights], dense: MLPWeights, statistics: LayerStatistics
+    ) -> Solution[MLPWeights]:
+        """:mod:`modegpt.decompositions.gated`, where the MLP is; the error falls as that of held-out rows does."""
+        thin, kept = solution.weights, solution.kept
+        if statistics.gates is None or kept is None or len(kept) == len(dense.output):
+            return solution
+        x, gates, up = statistics["mlp_rows"], statistics.gates(), thin.inputs[-1]
+        residual = torch.cat(
+            [
+                _outputs(dense, some_x, some) - _outputs(thin, some_x, some[:, kept])
+                for some_x, some in zip(x.split(BLOCK_ROWS), gates.split(BLOCK_ROWS), strict=True)
+            ]
+        )
+        change, share = gated_correction(x, gates[:, kept], thin.output.to(x.dtype), residual)
+        fitted = replace(thin, inputs=(*thin.inputs[:-1], (up.to(x.dtype) + change).to(up.dtype)))
+        return replace(solution, weights=fitted, error=solution.error * share)
 
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """:mod:`modegpt.decompositions.logits`, or Algorithm 2's pairs.
@@ -127,6 +151,13 @@ class Greedy(Ridged, ChannelMethod):
         errors = torch.minimum(*(ladder.errors for ladder in ladders))
         errors[0] = norm
         return Ladder(full, at, errors)
+
+
+def _outputs(weights: MLPWeights, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """(G o (X W_U + b_U)) W_D."""
+    up, bias = weights.inputs[-1].to(x.dtype), weights.input_biases[-1]
+    inner = x @ up if bias is None else x @ up + bias.to(x.dtype)
+    return (gates * inner) @ weights.output.to(x.dtype)
 
 
 def _quadratic(features: torch.Tensor, target: torch.Tensor) -> float:
