@@ -92,6 +92,25 @@ class NormWeights:
 
 
 @dataclass(frozen=True)
+class Units:
+    """What of a group's queries and keys can only go together."""
+
+    channels: torch.Tensor
+    """(G, n, w): the w channels of each of n units, two where any rotate."""
+    pairs: torch.Tensor | None
+    """Rotary pairs (G, n), see :func:`modegpt.decompositions.couples`; None without rotary embedding."""
+
+    def scores(self, of_channels: torch.Tensor) -> torch.Tensor:
+        """Of every unit the sum over its channels (G, h): (G, n)."""
+        return of_channels.gather(1, self.channels.flatten(1)).view(self.channels.shape).sum(-1)
+
+    def select(self, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The channels (G, w k) of the units ``kept`` (G, k), all first ones first, and their rotary pairs (G, k)."""
+        chosen = self.channels.gather(1, kept.unsqueeze(-1).expand(-1, -1, self.channels.shape[-1]))
+        return chosen.mT.flatten(1), None if self.pairs is None else self.pairs.gather(1, kept)
+
+
+@dataclass(frozen=True)
 class QueryKeyWeights:
     """rho(x W_q + b_q) rho(x W_k + b_k)^T for every head."""
 
@@ -122,6 +141,13 @@ class QueryKeyWeights:
     def rotary_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The first and the second channel of every rotary pair."""
         return rotary_pairs(self.rotary, self.neighbours, self.query.device)
+
+    def units(self, scores: torch.Tensor) -> Units:
+        """Rotary pairs, and couples by ``scores`` (G, h) of channels that do not rotate; singles where none does."""
+        if not self.rotary:
+            return Units(torch.arange(scores.shape[-1], device=scores.device).expand_as(scores).unsqueeze(-1), None)
+        first, second, pairs = couples(scores, self.rotary, self.neighbours)
+        return Units(torch.stack((first, second), dim=-1), pairs)
 
     def compact(self) -> tuple[QueryKeyWeights, torch.Tensor | None]:
         """All channels in the order that the compressed model has them in, and the rotary pairs (G, h / 2) of all."""

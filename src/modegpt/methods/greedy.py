@@ -11,7 +11,6 @@ from ..decompositions import (
     ValueLadder,
     balance,
     channel_scores,
-    couples,
     energy_bases,
     gated_correction,
     greedy_elimination,
@@ -101,37 +100,31 @@ class Greedy(Ridged, ChannelMethod):
 
         Queries that are normed cannot be turned: their pairs are only chosen.
         """
-        features, rotary = statistics["logits"], weights.rotary
-        h = features.shape[-1]
-        target = torch.ones(h, dtype=features.dtype, device=features.device)
-        if rotary:
+        features, turned = statistics["logits"], weights.query_norm is None
+        target = torch.ones(features.shape[-1], dtype=features.dtype, device=features.device)
+        if weights.rotary:
             target[weights.rotary_pairs()[1]] = 0.0
-            scores = features.diagonal(dim1=-2, dim2=-1).sum(1)
-            first, second, pair = couples(scores, rotary, weights.neighbours)
-            units = torch.stack((first, second), dim=-1)
-        else:
-            units, pair = torch.arange(h, device=features.device).expand(len(features), -1).unsqueeze(-1), None
-        turned = weights.query_norm is None
-        ladder = (logit_ladder if turned else selection_ladder)(features, units, target, LOGIT_RIDGE)
-        norm = float(ladder.errors[-1]) if len(ladder.errors) == 1 else _quadratic(features, target)
+        units = weights.units(features.diagonal(dim1=-2, dim2=-1).sum(1))
+        ladder = (logit_ladder if turned else selection_ladder)(features, units.channels, target, LOGIT_RIDGE)
+        full, norm = units.channels.shape[1], _quadratic(features, target)
 
         def at(rank: int) -> Solution[QueryKeyWeights]:
-            choices = [ladder.kept(rank)]
-            if rank < units.shape[1]:
-                choices.append(_units_by_score(statistics, units, rank))
+            choices = [(units, ladder.kept(rank))]
+            if rank < full:
+                scores = channel_scores(statistics["query"], statistics["key"]).square()
+                papers = weights.units(scores)
+                choices.append((papers, top_indices(papers.scores(scores), rank)))
             fits = [
-                (kept, *kept_coefficients(features, units, kept, target, LOGIT_RIDGE, turned=turned))
-                for kept in choices
+                (kept_coefficients(features, one.channels, kept, target, LOGIT_RIDGE, turned=turned), one.select(kept))
+                for one, kept in choices
             ]
-            kept, coefficients, error = min(fits, key=lambda fit: fit[2])
-            channels = units.gather(1, kept.unsqueeze(-1).expand(-1, -1, units.shape[-1])).mT.flatten(1)
-            whole = rank == units.shape[1]
-            fitted = weights.turned(coefficients) if turned and not whole else weights
+            (coefficients, error), (channels, pairs) = min(fits, key=lambda fit: fit[0][1])
+            fitted = weights.turned(coefficients) if turned and rank < full else weights
             thin = fitted.select(channels, statistics.squares("query_squares"), statistics.squares("key_squares"))
-            return Solution(thin, error, norm, channels, None if pair is None else pair.gather(1, kept))
+            return Solution(thin, error, norm, channels, pairs)
 
         errors = torch.cat((ladder.errors, ladder.errors.new_tensor([norm]))).flip(0)
-        return Ladder(units.shape[1], at, errors)
+        return Ladder(full, at, errors)
 
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """:mod:`modegpt.decompositions.values`, with the bases of a joint SVD or those of appendix B.1."""
@@ -163,13 +156,6 @@ def _outputs(weights: MLPWeights, x: torch.Tensor, gates: torch.Tensor) -> torch
 def _quadratic(features: torch.Tensor, target: torch.Tensor) -> float:
     """The sum over the heads of c^T F c."""
     return float((target * (features @ target)).sum())
-
-
-def _units_by_score(statistics: LayerStatistics, units: torch.Tensor, rank: int) -> torch.Tensor:
-    """The units (G, rank) of largest score by Algorithm 2 and appendix B.1."""
-    scores = channel_scores(statistics["query"], statistics["key"]).square()
-    of_units = scores.gather(1, units.flatten(1)).view(units.shape).sum(-1)
-    return top_indices(of_units, rank)
 
 
 def _with_basis(weights: ValueOutputWeights, ladder: ValueLadder, rank: int) -> ValueOutputWeights:

@@ -9,7 +9,7 @@ import torch
 
 from .. import costs
 from ..budget import Module
-from ..decompositions import couples, selection_losses, top_indices
+from ..decompositions import selection_losses, top_indices
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 from .base import ChannelMethod, Ladder, Solution
@@ -55,22 +55,17 @@ class Magnitude(ChannelMethod):
         scores = _squares((weights.key,), (weights.key_bias,)) + _squares((weights.query,), (weights.query_bias,)).sum(
             1
         )
-        pair = None
-        units = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores).unsqueeze(-1)
-        if weights.rotary:
-            first, second, pair = couples(scores, weights.rotary, weights.neighbours)
-            units = torch.stack((first, second), dim=-1)
-        of_units = scores.gather(1, units.flatten(1)).view(units.shape).sum(-1)  # (G, n)
+        units = weights.units(scores)
+        of_units = units.scores(scores)
         losses = selection_losses(of_units)
 
         def at(rank: int) -> Solution[QueryKeyWeights]:
             kept = top_indices(of_units, rank)
-            channels = units.gather(1, kept.unsqueeze(-1).expand(-1, -1, units.shape[-1])).mT.flatten(1)
+            channels, pairs = units.select(kept)
             thin = weights.select(channels, None, None)
-            pairs = None if pair is None else pair.gather(1, kept)
             return Solution(thin, float(losses[rank]), float(losses[0]), channels, pairs)
 
-        return Ladder(units.shape[1], at, losses)
+        return Ladder(of_units.shape[1], at, losses)
 
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """The values' biases go to the output whole, as with every method."""
