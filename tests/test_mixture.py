@@ -17,6 +17,7 @@ from modegpt import mixture as module
 from modegpt.data import HUB_DATASETS, TokenWindows, other_windows, random_windows, split_held_out, tokenize
 from modegpt.errors import InvalidRequest
 from modegpt.mixture import MIXTURES, Cut, Mixture, interleave, read_mixture
+from modegpt.profile import PROBE_TOKENS, probe_shape
 
 
 def shares(text: str) -> dict[str, float]:
@@ -313,3 +314,13 @@ def test_sensitivities_are_measured_on_windows_of_every_source(
         shares.append(len(own & windows_of(probe)))
     assert min(shares) > 5
     assert sum(shares) < len(probe)
+
+
+@pytest.mark.parametrize("length", [512, 2048, 4096])
+@pytest.mark.parametrize("text", ["mix", "a:0.95,b:0.05", "a,b,c", ",".join("abcdefghijkl")])
+def test_a_source_has_its_share_of_what_sensitivities_are_measured_on(text: str, length: int) -> None:
+    mixture = Mixture.parse(text)
+    windows, piece = probe_shape(length, len(mixture.shares))
+    assert 0.9 * PROBE_TOKENS < windows * piece <= PROBE_TOKENS
+    for source, count in mixture.counts(windows).items():
+        assert abs(count / windows - mixture.shares[source]) < 1 / windows

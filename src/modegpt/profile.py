@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 PROBED_SHARE = 0.5
 #: Tokens that sensitivities are measured on, in windows of at most :data:`PROBE_LENGTH`.
 PROBE_TOKENS, PROBE_LENGTH = 2048, 1024
+#: At least so many windows are taken of several texts, so that each has about its share.
+_OF_A_MIXTURE = 8
 #: Every second prediction is compared: neighbours say much the same, and the head takes as long as several layers.
 PROBE_STEP = 2
 #: A module of a layer.
@@ -39,9 +41,10 @@ def probe_windows(length: int) -> int:
 
 
 def probe_shape(length: int, sources: int = 1) -> tuple[int, int]:
-    """How many windows, and how many of the first of their ``length`` tokens; some windows of each of ``sources``."""
-    piece = max(2, min(PROBE_LENGTH, length, PROBE_TOKENS // sources))
-    return max(sources, PROBE_TOKENS // piece), piece
+    """How many windows, and how many of the first of their ``length`` tokens; ``sources`` can have their shares."""
+    least = 1 if sources == 1 else max(_OF_A_MIXTURE, sources)
+    piece = max(2, min(PROBE_LENGTH, length, PROBE_TOKENS // least))
+    return max(least, PROBE_TOKENS // piece), piece
 
 
 def parts_of(modules: Sequence[Module]) -> dict[Part, tuple[Module, ...]]:
