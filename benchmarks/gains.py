@@ -3,7 +3,8 @@ r"""What each choice of the greedy method brings, one at a time and together.
     python benchmarks/gains.py --train TRAIN.txt.gz --test TEST.txt.gz --texts ptb=PTB_TEST.txt.gz
 
 Every row takes the solvers of the module types that it names from ``greedy`` and the others from ``modegpt``, the
-paper's method; the last row but one has the greedy solvers with the ridge of the others. Texts, windows and model are
+paper's method, and with ``inputs`` the second fit of the MLP's inputs; one row has the greedy solvers with the ridge of
+the others. Texts, windows and model are
 those of ``quality.py``. The loss is ln(perplexity / dense perplexity). Writes ``results/gains.json`` and
 ``results/gains.md``; started again after an interruption, it goes on with the rows that are missing.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,14 @@ from modegpt.methods.base import Solver
 from results_file import RESULTS, header, table, write
 
 SOLVERS: dict[str, Module] = {"Type I": "mlp", "Type II": "qk", "Type III": "vo"}
-ALL, PAPERS, OWN = tuple(SOLVERS), ModeGPT.default_ridge, Greedy.default_ridge
+INPUTS = "inputs"
+THREE, ALL = tuple(SOLVERS), (*SOLVERS, INPUTS)
+PAPERS, OWN = ModeGPT.default_ridge, Greedy.default_ridge
 #: What is ours and with which ridge, the allocation and its temperature.
 STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     ((), PAPERS, "uniform", "auto"),
     (("Type I",), OWN, "uniform", "auto"),
+    (("Type I", INPUTS), OWN, "uniform", "auto"),
     (("Type II",), OWN, "uniform", "auto"),
     (("Type III",), OWN, "uniform", "auto"),
     (ALL, OWN, "uniform", "auto"),
@@ -38,6 +43,7 @@ STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     (ALL, OWN, "block-influence", 0.03),
     ((), PAPERS, "sensitivity", "auto"),
     (ALL, PAPERS, "sensitivity", "auto"),
+    (THREE, OWN, "sensitivity", "auto"),
     (ALL, OWN, "sensitivity", "auto"),
 )
 
@@ -47,8 +53,14 @@ class Mixed(ModeGPT):
 
     def __init__(self, ours: Sequence[str], ridge: float) -> None:
         super().__init__(self.default_ridge)
-        greedy = Greedy(ridge)
-        self._solvers = {**super().solvers(), **{SOLVERS[kind]: greedy.solvers()[SOLVERS[kind]] for kind in ours}}
+        greedy = dict(Greedy(ridge).solvers())
+        if INPUTS not in ours:
+            mlp = greedy["mlp"]
+            greedy["mlp"] = lambda weights, statistics: replace(mlp(weights, statistics), finish=None)
+        self._solvers = {
+            **super().solvers(),
+            **{SOLVERS[kind]: greedy[SOLVERS[kind]] for kind in ours if kind != INPUTS},
+        }
         self.statistics = ModeGPT.statistics | Greedy.statistics if ours else ModeGPT.statistics
 
     def solvers(self) -> Mapping[Module, Solver]:

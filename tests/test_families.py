@@ -39,7 +39,7 @@ from modegpt.data import TokenWindows
 from modegpt.engine import Compression, Engine, compress_model
 from modegpt.families import model_geometry
 from modegpt.layered import resident
-from modegpt.layout import HeadShape
+from modegpt.layout import HeadShape, is_gated
 from modegpt.methods import Greedy, ModeGPT
 from modegpt.modeling import CompactAttention
 from modegpt.parallel import Workers
@@ -47,7 +47,7 @@ from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.results import Choice
 from modegpt.runner import LayerRunner
 from modegpt.sources import ModelSource
-from modegpt.statistics import LayerStatistics, Statistic, StatisticsCollector, observable
+from modegpt.statistics import LayerStatistics, Statistic, StatisticsCollector, gates_of, observable
 
 #: Differences in float64 arithmetic, relative to the largest value: far above rounding, far below any mistake.
 ROUNDING = 1e-12
@@ -567,6 +567,8 @@ def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any])
     mlps = mlps_of(model, layer)
     if not has_experts(layer):
         x, z = inputs["mlp"], mlps[0](inputs["mlp"])
+        if len(mlps[0].inputs) == 2:
+            sums["mlp_rows"] = x
         return sums | {
             "mlp_input": grams(x),
             "mlp": grams(z),
@@ -589,8 +591,12 @@ def layer_sums(model: PreTrainedModel, layer: nn.Module, inputs: dict[str, Any])
     }
 
 
+def join(some: torch.Tensor, more: torch.Tensor, name: str) -> torch.Tensor:
+    return torch.cat((some, more)) if name == "mlp_rows" else some + more
+
+
 def reference(model: PreTrainedModel, data: TokenWindows) -> list[dict[str, Any]]:
-    """The sums over all windows, each alone and without its padding."""
+    """The sums over all windows, each alone and without its padding, and the rows of all one after the other."""
     masks = torch.ones_like(data.ids, dtype=torch.bool) if data.mask is None else data.mask
     totals: list[dict[str, Any]] = [{} for _ in layers_of(model)]
     for ids, mask in zip(data.ids, masks, strict=True):
@@ -600,7 +606,7 @@ def reference(model: PreTrainedModel, data: TokenWindows) -> list[dict[str, Any]
         inputs = inputs_of_layers(model, ids[mask], positions)
         for total, layer, entering in zip(totals, layers_of(model), inputs, strict=True):
             for name, value in layer_sums(model, layer, entering).items():
-                total[name] = total[name] + value if name in total else value
+                total[name] = join(total[name], value, name) if name in total else value
     for total, layer in zip(totals, layers_of(model), strict=True):
         groups = len(heads_of(model, layer).key)
         for name in ("query", "query_squares", "logits"):
@@ -623,6 +629,20 @@ def test_statistics_equal_plain_loops(name: str, padding: str, attention: str | 
         for field, value in actual.sums.items():
             assert value.shape == expected[field].shape
             assert deviation(value, expected[field]) < ROUNDING, field
+
+
+@pytest.mark.usefixtures("all_in_float64")
+@rows()
+def test_gates_are_the_activated_gate_map_s(name: str) -> None:
+    model = double(dense(name))
+    for layer in layers_of(model):
+        mlps = mlps_of(model, layer)
+        gated = len(mlps[0].inputs) == 2 and not has_experts(layer)
+        assert is_gated(layer, resident(model).family.description) == gated
+        if gated:
+            x = torch.randn(7, model.config.hidden_size, dtype=torch.float64)
+            expected = mlps[0].activation(mlps[0].inputs[0](x))
+            assert deviation(gates_of(layer, resident(model).family.description, x), expected) < ROUNDING
 
 
 @torch.no_grad()

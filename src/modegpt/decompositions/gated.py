@@ -79,7 +79,7 @@ def _adjoint(x: torch.Tensor, g: torch.Tensor, output: torch.Tensor, rows: torch
 
 
 def _loss(x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor, output: torch.Tensor, change: torch.Tensor) -> float:
-    difference = rows - _outputs(x, g, output, change) if len(x) else rows
+    difference = rows - _outputs(x, g, output, change)
     return _dot(difference, difference)
 
 
