@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py
 
-Each model is compressed as `modegpt compress` does it by default, evaluation included, in a process of its own; beside
+Each model is compressed by `modegpt compress --method modegpt`, evaluation included, in a process of its own; beside
 every phase and peak stands what the plan predicted. Then the same process runs plain dense forward passes over the
 same calibration windows, one by one, with the model as a whole on the device. Without CUDA the same is done on the
 CPU with narrower and fewer layers and fewer tokens: that shows that the script works, and nothing about these models.
@@ -187,7 +187,7 @@ def report(results: dict[str, Any]) -> str:
     """The results in words and tables."""
     calibration, rows = results["calibration"], results["rows"]
     text = f"Compression by {results['ratio']:.0%} of random bfloat16 models, calibrated on {calibration['windows']} "
-    text += f"windows of {calibration['tokens'] // calibration['windows']} random tokens, with the default options.\n"
+    text += f"windows of {calibration['tokens'] // calibration['windows']} random tokens, by `--method modegpt`.\n"
     if any(row["device"] == "cpu" for row in rows):
         text += "\n**No GPU: this was run on the CPU, to see that the script works.**\n"
     if results["scale"] != 1 or any(row["layers"] != SHAPES[row["model"]].layers for row in rows):

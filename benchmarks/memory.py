@@ -312,8 +312,8 @@ def report(results: dict[str, Any]) -> str:
     terms = " + ".join(f"{gigabytes(size)} {name}" for name, size in results["bound"].items())
     return (
         f"Peak resident memory in GB (10^9 bytes) of compressing random float32 Llamas ({layer}) by "
-        f"{results['ratio']:.0%}, on {results['calibration']['tokens']:,} tokens; ru_maxrss of a process of its own. "
-        "The plan is what `modegpt compress` predicts before it starts.\n\n"
+        f"{results['ratio']:.0%} with `--method modegpt`, on {results['calibration']['tokens']:,} tokens; "
+        "ru_maxrss of a process of its own. The plan is what `modegpt compress` predicts before it starts.\n\n"
         + table(columns, rows)
         + f"\nBound: {terms}.\n\nLimit, on {limit['layers']} layers: {limit['means']}.\n"
     )

@@ -198,6 +198,17 @@ def test_energies_that_weights_suggest() -> None:
     assert torch.equal(weight_energies((torch.zeros(2, 3),)), torch.zeros(3, dtype=torch.float64))
 
 
+def test_never_worse_than_the_paper_on_the_theorem_s_own_objective() -> None:
+    for seed in range(200):
+        activations, output = problem(seed, channels=8)
+        gram, weights = activations.T @ activations, MLPWeights((randn(3, 8, seed=seed),), (None,), output)
+        for rank in (2, 4, 6):
+            ours = Greedy(1e-9).mlp(weights, LayerStatistics({"mlp": gram})).at(rank)
+            paper = nystrom_decomposition(gram, output, rank, Method.default_ridge)
+            loss = objective(gram, output, ours.kept, ours.weights.output)  # without any ridge
+            assert loss <= paper.error + 1e-6 * paper.norm, (seed, rank)
+
+
 def test_the_paper_is_followed_where_greedy_steps_lead_astray() -> None:
     followed = 0
     for seed in range(300):
