@@ -41,6 +41,8 @@ STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     (ALL, OWN, "uniform", "auto"),
     ((), PAPERS, "block-influence", 0.03),
     (ALL, OWN, "block-influence", 0.03),
+    (ALL, OWN, "block-influence-split", 0.03),
+    (ALL, OWN, "owl", "auto"),
     ((), PAPERS, "sensitivity", "auto"),
     (ALL, PAPERS, "sensitivity", "auto"),
     (THREE, OWN, "sensitivity", "auto"),
@@ -82,9 +84,12 @@ def main() -> None:
     results |= {"calibration": given.calibration.model_dump(), "tokens_sha256": hashes, "rows": []}
     results["rows"] = rows = previous_rows(arguments.output, results)
     results["dense"] = perplexities(given.model, given.texts)
+    profiled: tuple[Any, ...] = ()
     for ours, ridge, allocation, temperature in STEPS:
-        # All ratios share one profile.
-        engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
+        method = "greedy" if ours else "modegpt"  # whose sensitivities are measured
+        if profiled != (method, ridge, allocation):  # ratios and steps that can share a profile do
+            engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
+            profiled = (method, ridge, allocation)
         step: dict[str, Any] = {
             "ours": list(ours),
             "ridge": ridge,
@@ -97,7 +102,7 @@ def main() -> None:
                 continue
             config = CompressionConfig.validated(
                 ratio=ratio,
-                method="greedy" if ours else "modegpt",  # whose sensitivities are measured
+                method=method,
                 statistics="dense",
                 allocation=allocation,
                 temperature=temperature,
