@@ -58,7 +58,9 @@ def compressed(
     request: pytest.FixtureRequest, dense: PreTrainedModel, texts: tuple[torch.Tensor, torch.Tensor]
 ) -> PreTrainedModel:
     windows = random_windows(texts[0], 8, 512, seed=0, what="test")
-    return modegpt.compress(dense, calibration=windows, ratio=0.3, method=request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modegpt.engine.PROBE_TOKENS", 512)  # of 2048, which would take most of the time
+        return modegpt.compress(dense, calibration=windows, ratio=0.3, method=request.param)
 
 
 def test_dequantised_model_is_an_ordinary_one(dense: PreTrainedModel, tmp_path: Path) -> None:
