@@ -46,6 +46,8 @@ from modegpt.report import TextFacts, build_report, versions
 from results_file import RESULTS, table
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+#: A dense forward pass over all calibration windows takes as many times longer than one over these as they are more.
+TIMED_WINDOWS = 4
 #: Method, statistics, allocation and temperature: of eq. 11 the automatic one, whose largest sparsity is 80 %, and two
 #: flatter ones.
 SETTINGS = (
@@ -65,6 +67,9 @@ SETTINGS = (
     ("modegpt", "sequential", "block-influence", "auto"),
     ("modegpt", "sequential", "block-influence", 0.03),
 )
+KINDS = ("method", "statistics", "allocation", "temperature")
+#: The ratio of the table that has all texts.
+CROSS = 0.3
 Row = dict[str, Any]
 
 
@@ -116,15 +121,17 @@ class Run:
     def compress(self, config: CompressionConfig) -> tuple[Compression, float]:
         """The compression, and its time in dense forward passes over the calibration tokens."""
         forward, own = Clock(), Clock()
+        some = list(self._train.batches(1))[:TIMED_WINDOWS]
         with forward.running(), torch.no_grad():
-            for batch in self._train.batches(1):
+            for batch in some:
                 self._model(input_ids=batch.ids, use_cache=False)
+        whole = forward.seconds * len(self._train) / len(some)
         engine, shared = self._engine(config)
         with engine.active(), own.running():
             choice = engine.choose_ranks(config, influence=self._influence)
             method = METHODS[config.method].from_config(config)
             result = engine.compress(method, choice, sequential=config.statistics == "sequential")
-        return result, (shared + own.seconds) / forward.seconds
+        return result, (shared + own.seconds) / whole
 
     def _engine(self, config: CompressionConfig) -> tuple[Engine, float]:
         """An engine that knows what the ratios share, and the seconds that took."""
@@ -229,7 +236,7 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
     rows, test = results["rows"], results["test"]
     text = f"Perplexity on {test['tokens']:,} tokens of {test['source']}; dense {results['dense_perplexity']:.2f}. "
     text += "Columns: share of decoder-block parameters removed.\n\n"
-    text += pivot(rows, ratios, lambda row: f"{row['perplexity']:.2f}")
+    text += pivot(rows, ratios, lambda row: shown(row["perplexity"]))
     if papers := [row for row in rows if row["method"] == "modegpt"]:
         text += "\nln(perplexity / dense perplexity) over that of the best row of modegpt at the same ratio.\n\n"
         best = {row["ratio"]: min(loss(one) for one in papers if one["ratio"] == row["ratio"]) for row in papers}
@@ -238,7 +245,11 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
     for name in dict.fromkeys(name for row in rows for name in row.get("texts", {})):
         measured = [row for row in rows if name in row.get("texts", {})]
         text += f"\nPerplexity on {name}; dense {measured[0]['texts'][name]['dense']:.2f}.\n\n"
-        text += pivot(measured, ratios, lambda row, name=name: f"{row['texts'][name]['compressed']:.2f}")
+        text += pivot(measured, ratios, lambda row, name=name: shown(row["texts"][name]["compressed"]))
+    if crossed := [
+        row for row in rows if row["ratio"] == CROSS and row.get("texts", {}).keys() == results["texts"].keys()
+    ]:
+        text += f"\nPerplexity on all texts, {CROSS:.0%} removed.\n\n" + cross(crossed)
     text += "\nParameters in millions, embeddings included.\n\n"
     text += pivot(rows, ratios, lambda row: f"{row['parameters'] / 1e6:.2f}")
     if timed := [row for row in rows if "dense_forward_passes" in row]:
@@ -247,20 +258,41 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
     path.with_suffix(".md").write_text(f"{text}\nMade by `{results['command']}`.\n")
 
 
+def shown(perplexity: float) -> str:
+    """In hundredths, or in powers of ten where the model no longer predicts anything."""
+    return f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.0e}"
+
+
 def loss(row: Row) -> float:
     """ln(perplexity / dense perplexity) on the test text."""
     return math.log(row["perplexity"] / row["dense_perplexity"])
 
 
+def cross(rows: Sequence[Row]) -> str:
+    """A table of rows of one ratio, one column for each text, the dense model first."""
+    lines = [["dense", "", "", "", *map(shown, perplexities_of(rows[0], "dense"))]]
+    lines += [[*described(row), *map(shown, perplexities_of(row, "compressed"))] for row in rows]
+    return table([*KINDS, TEST, *rows[0]["texts"]], lines)
+
+
+def perplexities_of(row: Row, model: str) -> list[float]:
+    """On all texts, of the ``dense`` or the ``compressed`` model."""
+    first = row["dense_perplexity"] if model == "dense" else row["perplexity"]
+    return [first, *(text[model] for text in row["texts"].values())]
+
+
 def pivot(rows: Sequence[Row], ratios: Sequence[float], cell: Callable[[Row], str]) -> str:
     """A table of the rows, one line for each method with all that it was run with, one column for each ratio."""
-    kinds = ("method", "statistics", "allocation", "temperature")
-    cells = {(*(row[kind] for kind in kinds), row["ratio"]): cell(row) for row in rows}
-    lines = []
-    for kind in dict.fromkeys(key[:-1] for key in cells):
-        names = [*kind[:3], str(kind[3]) if kind[2].startswith("block") else ""]
-        lines.append([*names, *(cells.get((*kind, ratio), "") for ratio in ratios)])
-    return table([*kinds, *(f"{ratio:.0%}" for ratio in ratios)], lines)
+    cells = {(*described(row), row["ratio"]): cell(row) for row in rows}
+    kinds = dict.fromkeys(map(described, rows))
+    lines = [[*kind, *(cells.get((*kind, ratio), "") for ratio in ratios)] for kind in kinds]
+    return table([*KINDS, *(f"{ratio:.0%}" for ratio in ratios)], lines)
+
+
+def described(row: Row) -> tuple[str, ...]:
+    """What a row was run with, in the columns ``KINDS``; the temperature where the allocation has one."""
+    temperature = str(row["temperature"]) if row["allocation"].startswith("block") else ""
+    return (row["method"], row["statistics"], row["allocation"], temperature)
 
 
 if __name__ == "__main__":
