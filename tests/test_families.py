@@ -625,6 +625,10 @@ def test_statistics_equal_plain_loops(name: str, padding: str, attention: str | 
     for actual, expected in zip(collect(model, data), reference(model, data), strict=True):
         assert actual.tokens == data.tokens
         assert actual.expert_tokens == (tuple(expected.pop("tokens").tolist()) if "tokens" in expected else None)
+        rows = expected.pop("mlp_rows", None)
+        assert (actual.rows is None) == (rows is None)
+        if rows is not None:
+            assert deviation(actual.rows, rows) < ROUNDING
         assert actual.sums.keys() == expected.keys()
         for field, value in actual.sums.items():
             assert value.shape == expected[field].shape

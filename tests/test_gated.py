@@ -57,6 +57,16 @@ def test_many_steps_come_to_the_solution_of_the_normal_equations(seed: int) -> N
     assert share == pytest.approx(mine / loss(*unseen, output, residual[~seen], torch.zeros_like(wanted)))
 
 
+def test_rows_in_float32_come_to_what_those_in_float64_do() -> None:
+    x, g, output, _ = problem(0)
+    residual = (g * (x @ torch.ones(x.shape[1], g.shape[1], dtype=torch.float64))) @ output
+    expected, share = gated_correction(x, g, output, residual)
+    found, single = gated_correction(x.float(), g.float(), output.float(), residual.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    assert single == pytest.approx(share, rel=1e-3)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 5, 40, 800])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e12])
 def test_unseen_rows_never_lose(rows: int, scale: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,9 +37,13 @@ def statistics(n: int, *, single: bool, experts: tuple[int, ...] | None = None) 
 @pytest.mark.parametrize("n", [5, 384, 385, 900])
 @pytest.mark.parametrize("single", [True, False])
 def test_statistics_come_back_in_their_own_precision(n: int, single: bool) -> None:
-    given = statistics(n, single=single, experts=(3, 0, 7))
+    rows = torch.randn(n, n, dtype=torch.float32 if single else torch.float64)
+    given = replace(statistics(n, single=single, experts=(3, 0, 7)), rows=rows)
     found = unpacked(packed(given))
     assert (found.tokens, found.resolution, found.expert_tokens) == (50, given.resolution, (3, 0, 7))
+    assert found.rows is not None
+    assert found.rows.dtype == rows.dtype
+    assert torch.equal(found.rows, rows)
     assert found.sums.keys() == given.sums.keys()
     for name, total in given.sums.items():
         expected = total.float().double() if single else total

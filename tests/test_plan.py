@@ -53,7 +53,7 @@ def wide_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     ("statistics", "method"),
     [
         *[("sequential", "modegpt"), ("sequential", "slicegpt")],
-        *[("dense", "modegpt"), ("dense", "svd-llm"), ("dense", "joint-rank-k")],
+        *[("dense", "modegpt"), ("dense", "greedy"), ("dense", "svd-llm"), ("dense", "joint-rank-k")],
     ],
 )
 def test_peak_memory_and_disk_are_within_a_fifth_of_what_is_measured(

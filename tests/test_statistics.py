@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from helpers import mixed, tiny_llama
+from modegpt import statistics
 from modegpt.activations import Activations
 from modegpt.data import TokenWindows
+from modegpt.engine import Engine
 from modegpt.families import decoder_layers, family_of
 from modegpt.layered import resident
 from modegpt.layout import HeadShape
 from modegpt.parallel import Workers
 from modegpt.runner import LayerRunner
-from modegpt.statistics import GramSum, LayerStatistics, StatisticsCollector, observable
+from modegpt.statistics import GramSum, LayerStatistics, StatisticsCollector, observable, sampled_tokens
 
 WINDOWS, LENGTH = 5, 12
 NAMES = ("attention_input", "query", "key", "mlp")
@@ -230,6 +233,47 @@ def test_non_finite_sums_are_noticed(name: str, bad: float) -> None:
     assert LayerStatistics(sums).is_finite()
     sums[name][0, 1] = bad
     assert not LayerStatistics(sums).is_finite()
+
+
+def test_non_finite_rows_are_noticed() -> None:
+    assert LayerStatistics({}, rows=torch.ones(3, 2)).is_finite()
+    assert not LayerStatistics({}, rows=torch.tensor([[0.0, torch.inf]])).is_finite()
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "scattered"])
+@pytest.mark.parametrize("most", [1, 2, 7, 20, 33, 60, 1000])
+def test_sampled_tokens_are_real_and_evenly_apart(most: int, padding: str) -> None:
+    data = windows(padding)
+    with patch.object(statistics, "SAMPLED_ROWS", most):
+        chosen = sampled_tokens(data)
+    assert chosen.shape == data.ids.shape
+    order = (chosen if data.mask is None else chosen[data.mask]).flatten().nonzero().flatten()
+    assert 1 <= len(order) <= most
+    assert len(order) == chosen.sum()  # no padding
+    assert len(order) == data.tokens or 2 * (len(order) + 1) * (order[0] + 1) > data.tokens  # about as many as may be
+    assert len(set(order.diff().tolist())) <= 1
+    if most < data.tokens:
+        assert order[0] > 0
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("most", [10, 1000])
+def test_rows_are_what_enters_the_mlp_at_the_sampled_tokens(most: int, padding: str) -> None:
+    model, data, entering = tiny_llama(), windows(padding), []
+    with patch.object(statistics, "SAMPLED_ROWS", most):
+        engine = Engine(resident(model), data, 2)
+    hidden, layer = Activations(len(engine.batches)), model.model.layers[0]
+    gate = layer.mlp.gate_proj
+    with engine.active(), engine.runner.active():
+        hook = gate.register_forward_pre_hook(lambda _, args: entering.append(args[0].flatten(0, -2)))
+        rows = engine.calibrate(0, layer, hidden, {"mlp_rows"}, keep=False).rows
+        hook.remove()
+    assert rows is not None
+    with patch.object(statistics, "SAMPLED_ROWS", most):
+        chosen = sampled_tokens(data).flatten()
+    assert torch.equal(rows, torch.cat(entering)[chosen])
+    assert rows.is_contiguous()
+    assert rows.untyped_storage().nbytes() == rows.nbytes  # and not all that they were taken from
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -495,7 +495,7 @@ def test_costs_of_the_second_fit_are_about_the_counted_operations() -> None:
     model = tiny_llama(hidden_size=64, intermediate_size=192)
     layer, family = model.model.layers[0], family_of(model).description
     weights, rows = read_mlp(layer, family), torch.randn(800, 64)
-    statistics = LayerStatistics({"mlp_rows": rows}, gates=partial(gates_of, layer, family, rows))
+    statistics = LayerStatistics({}, rows=rows, gates=partial(gates_of, layer, family, rows))
     kept = torch.arange(128)
     solution = Solution(weights.select(kept, weights.output[kept]), 1.0, 1.0, kept)
     with FlopCounterMode(display=False) as counter:

@@ -10,7 +10,6 @@ worker and many.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from .results import Choice, LayerResult, ModuleResult, Profile
 from .runner import LayerRunner
 from .scores import block_influence
 from .solving import LayerSolver, Tensors
-from .statistics import SAMPLED_ROWS, LayerStatistics, Statistic, StatisticsCollector, observable
+from .statistics import LayerStatistics, Statistic, StatisticsCollector, observable, sampled_tokens
 from .weights import copy_rest
 
 
@@ -110,7 +109,7 @@ class Engine:
         self._attention = "eager" if is_capped(dense.model) else dense.model.config._attn_implementation
         self.kept = kept or (journal.kept if journal else Kept())
         self.batches = self.own_batches(windows) if windows else []
-        self._tokens = windows.ids.numel() if windows else 0
+        self._sampled = self.workers.share(sampled_tokens(windows).split(batch_size)) if windows else []
         probe = probe or windows
         self.probe = probe.pieces(PROBE_TOKENS, PROBE_LENGTH) if probe else None
         self.runner = LayerRunner(dense, self.batches, self.workers)
@@ -282,8 +281,7 @@ class Engine:
         if not wanted and not keep:
             return LayerStatistics({})
         self.progress.detail("calibrating")
-        every = max(1, math.ceil(self._tokens / SAMPLED_ROWS))
-        collector = StatisticsCollector(layer, self.family.description, self._heads(layer), wanted, every)
+        collector = StatisticsCollector(layer, self.family.description, self._heads(layer), wanted, self._sampled)
         with collector.attached():
             self.runner.run_layer(index, hidden, keep=keep, before=collector.next_batch)
         statistics = collector.result(self.workers)

@@ -20,7 +20,7 @@ from .statistics import LayerStatistics, panels
 
 PROFILE_FILE = "profile.json"
 #: What else a layer's file holds; names of sums have a panel's number after a dot, or none.
-_TOKENS, _RESOLUTION, _EXPERT_TOKENS = "tokens", "resolution", "expert_tokens"
+_TOKENS, _RESOLUTION, _EXPERT_TOKENS, _ROWS = "tokens", "resolution", "expert_tokens", "mlp_rows"
 
 
 def packed(statistics: LayerStatistics) -> dict[str, torch.Tensor]:
@@ -35,6 +35,8 @@ def packed(statistics: LayerStatistics) -> dict[str, torch.Tensor]:
     }
     if statistics.expert_tokens is not None:
         result[_EXPERT_TOKENS] = torch.tensor(statistics.expert_tokens)
+    if statistics.rows is not None:
+        result[_ROWS] = statistics.rows.cpu()
     for name, total in statistics.sums.items():
         if total.dim() < 2 or total.shape[-1] != total.shape[-2] or not torch.equal(total, total.mT):
             result[name] = total.to("cpu", dtype)
@@ -45,11 +47,11 @@ def packed(statistics: LayerStatistics) -> dict[str, torch.Tensor]:
 
 
 def unpacked(tensors: dict[str, torch.Tensor]) -> LayerStatistics:
-    """The statistics that :func:`packed` made ``tensors`` of, in float64, on their device."""
+    """The statistics that :func:`packed` made ``tensors`` of, sums in float64, on their device."""
     sums: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         whole, _, number = name.partition(".")
-        if name in (_TOKENS, _RESOLUTION, _EXPERT_TOKENS):
+        if name in (_TOKENS, _RESOLUTION, _EXPERT_TOKENS, _ROWS):
             continue
         if not number:
             sums[whole] = tensor.double()
@@ -61,7 +63,8 @@ def unpacked(tensors: dict[str, torch.Tensor]) -> LayerStatistics:
         sums[whole][..., panel, panel.start :] = tensor
         sums[whole][..., panel.start :, panel] = tensor.mT
     routed = tuple(tensors[_EXPERT_TOKENS].tolist()) if _EXPERT_TOKENS in tensors else None
-    return LayerStatistics(cast(Any, sums), int(tensors[_TOKENS]), float(tensors[_RESOLUTION]), routed)
+    tokens, resolution, rows = int(tensors[_TOKENS]), float(tensors[_RESOLUTION]), tensors.get(_ROWS)
+    return LayerStatistics(cast(Any, sums), tokens, resolution, routed, rows)
 
 
 class Kept:

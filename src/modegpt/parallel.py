@@ -64,7 +64,7 @@ class Workers:
             if own is None:
                 result[name] = torch.empty(shape, dtype=dtype, device=device)
             else:
-                result[name] = own[name].to(device)
+                result[name] = own[name].to(device).contiguous()  # backends pass on memory, not strides
             self.copy(result[name], source)
         return result
 

@@ -155,8 +155,8 @@ class LayerSolver:
         weights = self._read(part, layer)
         if expert is not None:
             statistics = _for_expert(statistics, expert, weights)
-        elif module == "mlp" and "mlp_rows" in statistics.sums:
-            statistics = replace(statistics, gates=partial(gates_of, layer, self._family, statistics["mlp_rows"]))
+        elif module == "mlp" and statistics.rows is not None:
+            statistics = replace(statistics, gates=partial(gates_of, layer, self._family, statistics.rows))
         return method.solvers()[module](weights, statistics)
 
     def _read(self, part: Part, layer: nn.Module) -> Any:

@@ -10,8 +10,9 @@ float32 activations bring along. The decompositions treat what is below it as ze
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -31,7 +32,7 @@ from .logits import attended, logit_features
 from .modeling import Family, is_joint
 from .parallel import Workers
 
-#: Tokens that :attr:`mlp_rows <Statistic>` are of, at most: evenly spread over the windows.
+#: Tokens that :attr:`LayerStatistics.rows` are of, at most.
 SAMPLED_ROWS = 8192
 #: Tokens whose products are summed in float32 before they join the float64 sum.
 BLOCK_ROWS = 2048
@@ -116,8 +117,7 @@ class MomentSum:
 #: head_outputs     C = Z^T Z of what all heads put out, without the value bias: (H h, H h)
 #: logits           F, the covariance of the features of every head's logits: (G, g, h, h), see decompositions.logits
 #:
-#: mlp_rows         no sum but x itself, what enters the MLP, of every so many tokens, in the order of the windows:
-#:                  (S, d) in the products' dtype. Of gated MLPs only, and not of experts
+#: mlp_rows         no sum, see :attr:`LayerStatistics.rows`
 #:
 #: Of some activations only the sums of x and of x^2 can be had, which cost next to nothing: (2, n), see
 #: :class:`MomentSum`. ``mlp_input`` is what goes into the MLP's first maps. Of experts they are (E, 2, n), each over
@@ -152,8 +152,11 @@ class LayerStatistics:
     """Relative precision of the products: those of float32, or of float64 for a model in float64."""
     expert_tokens: tuple[int, ...] | None = None
     """Tokens routed to each expert, where there are experts."""
+    rows: torch.Tensor | None = None
+    """What enters the MLP x at some tokens, see :func:`sampled_tokens`, in the order of the windows: (S, d) in the
+    products' dtype. Of gated MLPs only, not of experts, and where asked for."""
     gates: Callable[[], torch.Tensor] | None = None
-    """Makes sigma(x W_G) of ``mlp_rows``, (S, m), see :func:`gates_of`; None without these."""
+    """Makes sigma(x W_G) of the ``rows``, (S, m), see :func:`gates_of`; None without these."""
 
     def __getitem__(self, name: Statistic) -> torch.Tensor:
         """One of the sums; raises ``KeyError`` where it was not asked for."""
@@ -164,8 +167,9 @@ class LayerStatistics:
         return self.sums.get(name)
 
     def is_finite(self) -> bool:
-        """Whether every sum is free of NaN and infinity."""
-        return all(bool(x.isfinite().all()) for x in self.sums.values())
+        """Whether everything is free of NaN and infinity."""
+        found = [*self.sums.values(), *([] if self.rows is None else [self.rows])]
+        return all(bool(x.isfinite().all()) for x in found)
 
     def of_expert(self, expert: int) -> LayerStatistics:
         """The same with the MLP correlation and the tokens of one expert."""
@@ -175,6 +179,16 @@ class LayerStatistics:
     def with_mlp(self, gram: torch.Tensor) -> LayerStatistics:
         """The same with another MLP correlation."""
         return replace(self, sums={**self.sums, "mlp": gram})
+
+
+def sampled_tokens(windows: TokenWindows) -> torch.Tensor:
+    """Which tokens of all ``windows`` the rows are of: (N, T) bool, real ones evenly apart, ``SAMPLED_ROWS`` at most.
+
+    They begin in the middle of the first stretch: what windows begin with is unlike all other tokens.
+    """
+    real = torch.ones_like(windows.ids, dtype=torch.bool) if windows.mask is None else windows.mask
+    number, every = real.flatten().cumsum(0).view_as(real) - 1, math.ceil(windows.tokens / SAMPLED_ROWS)
+    return real & (number % every == every // 2)
 
 
 AttentionObserver = Callable[..., None]
@@ -221,14 +235,19 @@ class StatisticsCollector:
     """Accumulates the :class:`LayerStatistics` of one stock decoder layer while it runs."""
 
     def __init__(
-        self, layer: nn.Module, family: Family, shape: HeadShape, wanted: Collection[Statistic], every: int = 1
+        self,
+        layer: nn.Module,
+        family: Family,
+        shape: HeadShape,
+        wanted: Collection[Statistic],
+        sampled: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        """Of every so many tokens of a window, from the first, ``mlp_rows`` hold one."""
+        """Rows are taken where ``sampled`` (B, T) of every batch is true; of all real tokens where not given."""
         self._attention = layer.get_submodule(family.attention)
         self._family = family
         self._shape = shape
         self._wanted = wanted
-        self._every = every
+        self._sampled = None if sampled is None else iter(sampled)
         self._rows: list[torch.Tensor] = []
         self._mask: torch.Tensor | None = None
         self._sums: dict[str, GramSum | MomentSum] = {}
@@ -294,8 +313,10 @@ class StatisticsCollector:
 
     def next_batch(self, batch: TokenWindows) -> None:
         """Announce the batch about to run."""
-        self._batch = batch
         self._real = batch.mask
+        if self._samples:
+            every = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
+            self._chosen = (every if self._sampled is None else next(self._sampled)).flatten()
         self._mask = None if batch.mask is None else batch.mask.flatten()
         self._tokens += batch.tokens
 
@@ -323,10 +344,9 @@ class StatisticsCollector:
                 grams += parts
             workers.sum(self._routed)
             routed = tuple(self._routed.tolist())
-        if self._samples:
-            sums["mlp_rows"] = self._all_rows(workers)
         resolution = max((gram.resolution for gram in grams), default=0.0)
-        return LayerStatistics(cast(Any, sums), int(tokens), resolution, routed)
+        rows = self._all_rows(workers) if self._samples else None
+        return LayerStatistics(cast(Any, sums), int(tokens), resolution, routed, rows)
 
     def _count(self, name: str) -> int:
         return self._shape.heads if name == "query" else self._shape.groups
@@ -338,8 +358,8 @@ class StatisticsCollector:
         return lambda _, args: self._add(name, args[0].flatten(0, -2))
 
     def _sample(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].detach().view(*self._batch.ids.shape, -1)[:, :: self._every]
-        x = x.flatten(0, 1) if self._real is None else x[self._real.to(x.device)[:, :: self._every]]
+        x = args[0].detach().flatten(0, -2)
+        x = x[self._chosen.to(x.device)]  # a copy, so that the others need not stay
         self._rows.append(x if x.dtype == torch.float64 else x.float())
 
     def _all_rows(self, workers: Workers) -> torch.Tensor:

@@ -82,9 +82,10 @@ class Greedy(Ridged, ChannelMethod):
     ) -> Solution[MLPWeights]:
         """:mod:`modegpt.decompositions.gated`, where the MLP is; the error falls as that of held-out rows does."""
         thin, kept = solution.weights, solution.kept
-        if statistics.gates is None or kept is None or len(kept) == len(dense.output):
+        x = statistics.rows
+        if x is None or statistics.gates is None or kept is None or len(kept) == len(dense.output):
             return solution
-        x, gates, up = statistics["mlp_rows"], statistics.gates(), thin.inputs[-1]
+        gates, up = statistics.gates(), thin.inputs[-1]
         residual = torch.cat(
             [
                 _outputs(dense, some_x, some) - _outputs(thin, some_x, some[:, kept])
