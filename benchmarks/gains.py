@@ -78,11 +78,12 @@ def main() -> None:
     given = prepared(arguments)
 
     results: dict[str, Any] = header(parser, arguments, vars(arguments))
-    ratios = " ".join(map(str, arguments.ratios))
-    results["command"] = command_of(arguments, "benchmarks/gains.py", given.calibration) + f" --ratios {ratios}"
+    results["command"] = command_of(arguments, "benchmarks/gains.py", given.calibration)
     hashes = {name: windows.sha256() for name, windows in given.texts.items()}
     results |= {"calibration": given.calibration.model_dump(), "tokens_sha256": hashes, "rows": []}
     results["rows"] = rows = previous_rows(arguments.output, results)
+    ratios = sorted({*arguments.ratios, *(row["ratio"] for row in rows)})
+    results["command"] += f" --ratios {' '.join(map(str, ratios))}"
     results["dense"] = perplexities(given.model, given.texts)
     profiled: tuple[Any, ...] = ()
     for ours, ridge, allocation, temperature in STEPS:
@@ -117,12 +118,13 @@ def main() -> None:
 
 
 def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run, if it was the same."""
+    """The rows of an earlier run, if it was the same but for its ratios."""
     if not path.is_file():
         return []
     previous = json.loads(path.read_text())
-    same = all(previous.get(key) == results[key] for key in ("command", "versions", "calibration", "tokens_sha256"))
-    return list(previous["rows"]) if same else []
+    command, _, _ = previous.get("command", "").partition(" --ratios ")
+    same = all(previous.get(key) == results[key] for key in ("versions", "calibration", "tokens_sha256"))
+    return list(previous["rows"]) if same and command == results["command"] else []
 
 
 def text_of(results: dict[str, Any]) -> str:

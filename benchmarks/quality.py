@@ -77,7 +77,8 @@ def main() -> None:
     """Measure every row and write the results file."""
     parser = parser_of_texts(__doc__, RESULTS / "quality.json")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
-    parser.add_argument("--methods", nargs="+", default=sorted({setting[0] for setting in SETTINGS}))
+    methods = sorted({setting[0] for setting in SETTINGS})
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     arguments = parser.parse_args()
     given = prepared(arguments)
     model, texts = given.model, given.texts
@@ -237,15 +238,12 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
     text = f"Perplexity on {test['tokens']:,} tokens of {test['source']}; dense {results['dense_perplexity']:.2f}. "
     text += "Columns: share of decoder-block parameters removed.\n\n"
     text += pivot(rows, ratios, lambda row: shown(row["perplexity"]))
-    if papers := [row for row in rows if row["method"] == "modegpt"]:
-        text += "\nln(perplexity / dense perplexity) over that of the best row of modegpt at the same ratio.\n\n"
-        best = {row["ratio"]: min(loss(one) for one in papers if one["ratio"] == row["ratio"]) for row in papers}
-        comparable = [row for row in rows if row["ratio"] in best]
-        text += pivot(comparable, ratios, lambda row: f"{loss(row) / best[row['ratio']]:.2f}")
+    text += relative_losses(rows, ratios, TEST)
     for name in dict.fromkeys(name for row in rows for name in row.get("texts", {})):
         measured = [row for row in rows if name in row.get("texts", {})]
-        text += f"\nPerplexity on {name}; dense {measured[0]['texts'][name]['dense']:.2f}.\n\n"
-        text += pivot(measured, ratios, lambda row, name=name: shown(row["texts"][name]["compressed"]))
+        text += f"\nPerplexity on {name}; dense {perplexity_of(measured[0], name, 'dense'):.2f}.\n\n"
+        text += pivot(measured, ratios, lambda row, name=name: shown(perplexity_of(row, name)))
+        text += relative_losses(measured, ratios, name)
     if crossed := [
         row for row in rows if row["ratio"] == CROSS and row.get("texts", {}).keys() == results["texts"].keys()
     ]:
@@ -263,22 +261,34 @@ def shown(perplexity: float) -> str:
     return f"{perplexity:.2f}" if perplexity < 1e4 else f"{perplexity:.0e}"
 
 
-def loss(row: Row) -> float:
-    """ln(perplexity / dense perplexity) on the test text."""
-    return math.log(row["perplexity"] / row["dense_perplexity"])
+def relative_losses(rows: Sequence[Row], ratios: Sequence[float], name: str) -> str:
+    """A table of the losses on a text, in units of the least that the paper's method has at the same ratio."""
+
+    def loss(row: Row) -> float:
+        return math.log(perplexity_of(row, name) / perplexity_of(row, name, "dense"))
+
+    papers = [row for row in rows if row["method"] == "modegpt"]
+    best = {row["ratio"]: min(loss(one) for one in papers if one["ratio"] == row["ratio"]) for row in papers}
+    comparable = [row for row in rows if row["ratio"] in best]
+    if not comparable:
+        return ""
+    text = "\nln(perplexity / dense perplexity) over that of the best row of modegpt at the same ratio.\n\n"
+    return text + pivot(comparable, ratios, lambda row: f"{loss(row) / best[row['ratio']]:.2f}")
 
 
 def cross(rows: Sequence[Row]) -> str:
     """A table of rows of one ratio, one column for each text, the dense model first."""
-    lines = [["dense", "", "", "", *map(shown, perplexities_of(rows[0], "dense"))]]
-    lines += [[*described(row), *map(shown, perplexities_of(row, "compressed"))] for row in rows]
-    return table([*KINDS, TEST, *rows[0]["texts"]], lines)
+    names = [TEST, *rows[0]["texts"]]
+    lines = [["dense", "", "", "", *(shown(perplexity_of(rows[0], name, "dense")) for name in names)]]
+    lines += [[*described(row), *(shown(perplexity_of(row, name)) for name in names)] for row in rows]
+    return table([*KINDS, *names], lines)
 
 
-def perplexities_of(row: Row, model: str) -> list[float]:
-    """On all texts, of the ``dense`` or the ``compressed`` model."""
-    first = row["dense_perplexity"] if model == "dense" else row["perplexity"]
-    return [first, *(text[model] for text in row["texts"].values())]
+def perplexity_of(row: Row, name: str, model: str = "compressed") -> float:
+    """On the text ``name``, of the ``compressed`` or the ``dense`` model."""
+    if name != TEST:
+        return float(row["texts"][name][model])
+    return float(row["dense_perplexity"] if model == "dense" else row["perplexity"])
 
 
 def pivot(rows: Sequence[Row], ratios: Sequence[float], cell: Callable[[Row], str]) -> str:

@@ -3,8 +3,11 @@
     python benchmarks/zero_shot.py DATA --dense MODEL --compressed small-30 small-50 --limit 200
 
 DATA is a directory of JSON lines (``.jsonl`` or ``.jsonl.gz``), one file a task, named after it: ``arc_easy*``,
-``arc_challenge*``, ``piqa*``, ``winogrande*``, ``hellaswag*``, ``boolq*``, ``openbookqa*``, ``copa*``, each in its
-authors' form; of several, the first by name. Tasks without a file are left out.
+``arc_challenge*``, ``piqa*``, ``winogrande*``, ``hellaswag*``, ``boolq*``, ``openbookqa*``, ``copa*``; of several, the
+first by name. Tasks without a file are left out. The fields of a row are those that the function of its task reads:
+ARC, PIQA, WinoGrande and BoolQ as their authors publish them (with PIQA's ``label`` in the row), of the others
+``ctx`` or ``ctx_a`` and ``ctx_b`` with ``endings`` and ``label``, ``question_stem`` with ``choices`` and
+``answerKey``, and ``premise``, ``question``, ``choice1``, ``choice2`` and ``label``.
 
 Of every choice the log-likelihood after the prompt counts, with the prompts of EleutherAI's lm-evaluation-harness. Of
 ARC, PIQA, HellaSwag and OpenBookQA it is divided by the number of characters of the choice (``acc_norm`` there), of the

@@ -160,6 +160,7 @@ def test_the_tables_have_old_and_new_rows(quality: ModuleType, head: Any, tmp_pa
     ]
     assert "Perplexity on ptb; dense 50.00." in parts
     papers = OLD | {"method": "modegpt", "perplexity": 25.0}
+    others = NEW | {"method": "modegpt", "perplexity": 35.0, "texts": {"ptb": {"compressed": 90.0, "dense": 50.0}}}
     quality.write(results | {"rows": [OLD, NEW, papers]}, tmp_path / "more.json", [0.1, 0.3])
     relative = (tmp_path / "more.md").read_text().split("\n\n")[3].splitlines()
     share = math.log(OLD["perplexity"] / 19) / math.log(25 / 19)
@@ -167,7 +168,28 @@ def test_the_tables_have_old_and_new_rows(quality: ModuleType, head: Any, tmp_pa
         f"| greedy | dense | uniform |  | {share:.2f} |  |",
         "| modegpt | dense | uniform |  | 1.00 |  |",
     ]
+    quality.write(results | {"rows": [NEW, others]}, tmp_path / "more.json", [0.3])
+    relative = (tmp_path / "more.md").read_text().split("\n\n")[7].splitlines()
+    assert relative[-2].endswith(f" {math.log(80 / 50) / math.log(90 / 50):.2f} |")
     assert json.loads((tmp_path / "quality.json").read_text())["rows"] == [OLD, NEW]
+
+
+def test_columns_of_texts_do_not_depend_on_the_order_of_a_row(quality: ModuleType) -> None:
+    """A row of a later run can name its texts in another order than the first."""
+    texts = {"ptb": {"compressed": 80.0, "dense": 50.0}, "novels": {"compressed": 90.0, "dense": 40.0}}
+    turned = dict(reversed(texts.items()))
+    lines = quality.cross([NEW | {"texts": texts}, NEW | {"texts": turned}]).splitlines()
+    assert lines[-1] == lines[-2]
+    assert lines[-1].endswith("| 80.00 | 90.00 |")
+
+
+def test_methods_without_rows_are_refused(
+    quality: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--train", "a", "--test", "b", "--methods", "greedy", "gredy"])
+    with pytest.raises(SystemExit):
+        quality.main()
+    assert "invalid choice: 'gredy'" in capsys.readouterr().err
 
 
 def test_the_published_rows_make_the_published_table(quality: ModuleType, tmp_path: Path) -> None:
@@ -393,3 +415,10 @@ def test_gains_are_those_of_the_solvers_named(
     gains.main()
     assert capsys.readouterr().out == ""
     assert json.loads((tmp_path / "gains.json").read_text()) == written
+    sys.argv[-1] = "0.2"  # rows of other ratios stay
+    monkeypatch.setattr(gains, "STEPS", gains.STEPS[:1])
+    gains.main()
+    more = json.loads((tmp_path / "gains.json").read_text())
+    assert more["rows"][:-1] == written["rows"]
+    assert more["rows"][-1]["ratio"] == 0.2
+    assert more["command"].endswith(" --ratios 0.2 0.3")

@@ -592,12 +592,15 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
     assert defaults.pop("devices") == str(fields["devices"].default)
     decided_by_the_method = {name for name, field in fields.items() if field.default_factory}
     assert decided_by_the_method == {"modules", "allocation", "statistics", "ridge", "calibration", "evaluate"}
-    assert {defaults.pop(name) for name in decided_by_the_method} == {None}
+    or_by_the_profile = {"method", "samples", "sequence_length", "seed"}
+    assert {defaults.pop(name) for name in decided_by_the_method | or_by_the_profile} == {None}
     assert defaults == {
         name: inspect.Parameter.empty if field.is_required() else field.default
         for name, field in fields.items()
-        if name not in {*decided_by_the_method, "devices"}
+        if name not in {*decided_by_the_method, *or_by_the_profile, "devices"}
     }
+    shown = " ".join(run_cli("compress", "--help").out.split())
+    assert all(f"[default: ({fields[name].default})]" in shown for name in or_by_the_profile)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))

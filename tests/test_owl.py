@@ -102,6 +102,16 @@ def test_scores_are_those_of_every_linear_map(name: str) -> None:
             assert (score < better) <= (share["mlp"] > other["mlp"])
 
 
+@pytest.mark.parametrize("reach", [0.02, 0.2])
+def test_the_reach_is_that_of_the_option(reach: float) -> None:
+    engine = Engine(resident(BY_NAME["llama-gqa"].build()), token_windows(), 3)
+    options = {"ratio": 0.3, "method": "magnitude", "owl_threshold": 2.0, "owl_reach": reach}
+    configs = [CompressionConfig.validated(**options, allocation=one) for one in ("owl", "uniform")]
+    with engine.active():
+        shares, equal = ([layer["mlp"] for layer in engine.choose_ranks(one).sparsity] for one in configs)
+    assert max(abs(share - equal[0]) for share in shares) == pytest.approx(reach)
+
+
 @pytest.mark.parametrize("method", [name for name, one in METHODS.items() if "owl" in one.allocations])
 @pytest.mark.parametrize("name", ["llama-gqa", "mixtral"])
 def test_every_method_meets_the_budget_with_it(name: str, method: str) -> None:

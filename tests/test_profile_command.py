@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -122,6 +123,7 @@ def test_a_target_is_never_passed(method: str, align: int, more: dict[str, Any])
     ("options", "words"),
     [
         ("--ratio 0.3 --samples 9", "--samples 9: the profile was made with 8; leave it out"),
+        ("--ratio 0.3 --samples 128", "--samples 128: the profile was made with 8; leave it out"),  # the usual one
         ("--ratio 0.3 --ridge 0.5", "--ridge 0.5: the profile was made with 0.01; leave it out"),
         ("--ratio 0.3 --method obc", "--method obc: the profile was made with greedy; leave it out"),
         ("--max-perplexity-increase 10% --allocation uniform", "needs predictions; use --allocation sensitivity, not"),
@@ -134,6 +136,7 @@ def test_a_target_is_never_passed(method: str, align: int, more: dict[str, Any])
         ("--target-parameters 1e400", "--target-parameters '1e400': give a number of parameters"),
         ("--target-parameters 5B", "--target-parameters 5,000,000,000: the model has that already"),
         ("--target-size 1KB", "--target-size 1,000: embeddings, head and norms alone take more"),
+        ("--max-perplexity-increase inf", "--max-perplexity-increase inf: input should be a finite number"),
         ("--max-perplexity-increase some", "--max-perplexity-increase 'some': give a share such as 10% or 0.1"),
     ],
 )
@@ -161,6 +164,55 @@ def test_the_profile_of_another_model_is_refused(profile: Path, tiny_checkpoint:
     tiny_llama(seed=5, vocab_size=json.loads((other / "config.json").read_text())["vocab_size"]).save_pretrained(other)
     outcome = compress(other, tmp_path / "out", profile, "--ratio", 0.3)
     assert (outcome.code, "MODEL is not the one that was profiled" in outcome.err) == (2, True)
+
+
+def _without_seed(origin: Any) -> None:
+    del origin["options"]["seed"]
+
+
+def _other_method(origin: Any) -> None:
+    origin["options"]["method"] = "magic"
+
+
+def _fewer_layers(content: Any) -> None:
+    content["layers"].pop()
+    content["profile"]["layers"].pop()
+
+
+def _fewer_errors(content: Any) -> None:
+    content["profile"]["layers"][0]["mlp"]["errors"].pop()
+
+
+def _other_width(content: Any) -> None:
+    module = content["profile"]["layers"][0]["mlp"]
+    module["full"] -= 1
+    module["errors"].pop()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("origin.json", _without_seed, "origin.json is not what modegpt profile writes"),
+        ("origin.json", _other_method, "origin.json is not what modegpt profile writes"),
+        ("profile.json", _fewer_layers, "the profile is not of a model of this shape"),
+        ("profile.json", _fewer_errors, "holds no profile, or a damaged one"),
+        ("profile.json", _other_width, "the profile is not of a model of this shape"),
+    ],
+)
+def test_a_damaged_profile_is_refused(
+    profile: Path, tiny_checkpoint: Path, tmp_path: Path, name: str, damage: Callable[[Any], None], words: str
+) -> None:
+    broken = Path(shutil.copytree(profile, tmp_path / "broken"))
+    content = json.loads((broken / name).read_text())
+    damage(content)
+    (broken / name).write_text(json.dumps(content))
+    for outcome in (
+        compress(tiny_checkpoint, tmp_path / "out", broken, "--ratio", 0.3),
+        run_cli("curve", broken),
+    ):
+        assert outcome.code == 2
+        assert words in outcome.err
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("missing", ["origin.json", "profile.json", "statistics/00001.safetensors"])

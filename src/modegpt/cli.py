@@ -40,6 +40,11 @@ def _default(field: str) -> Any:
     return RunConfig.model_fields[field].default
 
 
+def _or_of_profile(field: str, panel: str) -> Any:
+    """An option whose default is not passed on: with --profile-from, it may be that of the profile instead."""
+    return typer.Option(help=_help(field), show_default=str(_default(field)), rich_help_panel=panel)
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result and errors.")]
 Device = Annotated[str, typer.Option(help=_help("device"))]
 Dtype = Annotated[str, typer.Option(help=_help("dtype"))]
@@ -63,7 +68,7 @@ def compress(
     modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     layers: Annotated[str, typer.Option(help=_help("layers"), rich_help_panel=_WHAT)] = _default("layers"),
     align: Annotated[int, typer.Option(help=_help("align"), rich_help_panel=_WHAT)] = _default("align"),
-    method: Annotated[str, typer.Option(help=_help("method"), rich_help_panel=_HOW)] = _default("method"),
+    method: Annotated[str | None, _or_of_profile("method", _HOW)] = None,
     allocation: Annotated[str | None, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = None,
     temperature: Annotated[str, typer.Option(help=_help("temperature"), rich_help_panel=_HOW)] = "auto",
     owl_threshold: Annotated[float, typer.Option(help=_help("owl_threshold"), rich_help_panel=_HOW)] = _default(
@@ -74,9 +79,9 @@ def compress(
     ridge: Annotated[float | None, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = None,
     joint_only: Annotated[bool, typer.Option("--joint-only", help=_help("joint_only"), rich_help_panel=_HOW)] = False,
     calibration: Annotated[str | None, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = None,
-    samples: Annotated[int, typer.Option(help=_help("samples"), rich_help_panel=_TEXT)] = _default("samples"),
-    sequence_length: Annotated[int, typer.Option(help=_help("sequence_length"), rich_help_panel=_TEXT)] = 2048,
-    seed: Annotated[int, typer.Option(help=_help("seed"), rich_help_panel=_TEXT)] = _default("seed"),
+    samples: Annotated[int | None, _or_of_profile("samples", _TEXT)] = None,
+    sequence_length: Annotated[int | None, _or_of_profile("sequence_length", _TEXT)] = None,
+    seed: Annotated[int | None, _or_of_profile("seed", _TEXT)] = None,
     profile_from: Annotated[Path | None, typer.Option(help=_help("profile_from"), rich_help_panel=_TEXT)] = None,
     evaluate: Annotated[str | None, typer.Option(help=_help("evaluate"), rich_help_panel=_TEXT)] = None,
     evaluation_samples: Annotated[int, typer.Option(help=_help("evaluation_samples"), rich_help_panel=_TEXT)] = 8,

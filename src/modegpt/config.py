@@ -86,7 +86,7 @@ class CompressionConfig(BaseModel):
     target_size: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Instead of --ratio: what the weights are to take on disk at most, e.g. 4GiB or 250MB."
     )
-    max_perplexity_increase: Annotated[float, Field(gt=0)] | None = Field(
+    max_perplexity_increase: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None,
         description="Instead of --ratio: as much as is predicted to raise the perplexity by no more than this, e.g. "
         "10%. Needs the 'sensitivity' allocation.",
@@ -113,7 +113,7 @@ class CompressionConfig(BaseModel):
         + ", ".join(f"'{m.allocation}' for '{name}'" for name, m in METHODS.items())
         + ".",
     )
-    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto",
         description="Temperature of the block-influence allocations: low concentrates the loss on few layers. "
         "'auto' lets the most compressed layer lose 80 %.",

@@ -203,6 +203,28 @@ def elimination_bytes(sizes: Sizes) -> int:
     return 8 * (made_up + 3 * sizes.intermediate**2 + 3 * sizes.intermediate * sizes.hidden)
 
 
+def factor_flops(n: float) -> float:
+    """Operations of the Cholesky factor of an n x n matrix and of the diagonal of its inverse."""
+    return 2 / 3 * n**3
+
+
+def elimination_flops(sizes: Sizes) -> float:
+    """Operations of the greedy elimination of an MLP's channels, with the norm of its output.
+
+    The inverse from its Cholesky factor, and for every block of channels its update and that of the output map. Those
+    that are gone take part until a fifth is, which makes the inverse's products 1.23 and the map's 1.11 times as many.
+    """
+    m, d = sizes.intermediate, sizes.hidden
+    return m**3 + 1.23 * (2 / 3 * m**3) + 1.11 * m**2 * d + 2.0 * m**2 * d
+
+
+def refit_flops(sizes: Sizes, kept: float) -> float:
+    """Operations to fit the output map at one rank to the channels that stay."""
+    m, d = sizes.intermediate, sizes.hidden
+    k = kept * m
+    return 2 * k * (m - k) * d + factor_flops(k) + 2 * k**2 * d + 2 * (m - k) ** 2 * d
+
+
 def correction_flops(sizes: Sizes, tokens: int, kept: float) -> float:
     """Operations of the up-projection's second fit in one layer, mostly in products of rows.
 
@@ -271,7 +293,8 @@ def solve_flops(module: Module, sizes: Sizes, kept: float = 0.7) -> float:
     if module == "mlp":  # or one expert
         k = kept * m
         others = m - k
-        return 2 / 3 * (m**3 + k**3) + 2 * k * others * m + 2 * k * others * d + 2 * others**2 * d + 2 * m**2 * d
+        products = 2 * k * others * m + 2 * k * others * d + 2 * others**2 * d + 2 * m**2 * d
+        return factor_flops(m) + factor_flops(k) + products
     if module == "vo":
         return sizes.groups * (2 * d**2 * h + 12 * d * h**2) + sizes.heads * 4 * d * h**2 + 10 * sizes.groups * h**3
     if module == "heads":  # a Cholesky factor, an inverse and its updates, and the products with W_o

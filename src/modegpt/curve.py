@@ -62,6 +62,7 @@ def predicted_curve(directory: Path, align: int = 1) -> Curve:
     settled = {name: origin.options[name] for name in ("method", "ridge", "modules", "joint_only")}
     config = CompressionConfig.validated(**settled, ratio=0.5, align=align)
     layers = model_geometry(model, METHODS[config.method].from_config(config).geometry)
+    profile.check(layers, config.modules)
     losses, interplay = profile.losses(), profile.interplay()
     everything = sum(parameter.numel() for parameter in model.parameters())
     blocks = sum(layer.parameters for layer in layers)

@@ -7,10 +7,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedConfig
+from typing_extensions import Self
 
-from .config import DEFAULT_METHOD, NONE, RunConfig
+from .config import NONE, RunConfig
 from .errors import CheckpointError, InvalidRequest
 from .files import replace_file
 from .kept import PROFILE_FILE
@@ -37,6 +38,13 @@ class Origin(BaseModel):
     calibration: TextFacts
     probe: TextFacts | None
 
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if missing := [name for name in _TAKEN if name not in self.options]:
+            raise ValueError(f"options lack {', '.join(missing)}")
+        self.settled()
+        return self
+
     def write(self, directory: Path) -> None:
         """Write ``origin.json`` into ``directory``."""
         text = self.model_dump_json(indent=1) + "\n"
@@ -55,17 +63,19 @@ class Origin(BaseModel):
         except ValidationError as error:
             raise CheckpointError(f"{directory / ORIGIN_FILE} is not what modegpt profile writes") from error
 
+    def settled(self) -> RunConfig:
+        """What a compression from the profile has in common with it; the rest is as it is by default."""
+        return RunConfig.validated(**{name: self.options[name] for name in _TAKEN}, ratio=0.5, model="", output="")
+
     def applied(self, config: RunConfig) -> RunConfig:
         """``config`` with what the profile settles; refuses options that ask for something else.
 
         Nothing is evaluated unless ``--evaluate`` names a text: held-out text would be calibration text.
         """
-        settled = RunConfig.validated(**{name: self.options[name] for name in _TAKEN}, **_anything(config))
-        usual = RunConfig.validated(method=config.method, **_anything(config))
+        settled = self.settled()
         for name in _TAKEN:
             given, own = getattr(config, name), getattr(settled, name)
-            default = DEFAULT_METHOD if name == "method" else getattr(usual, name)
-            if given not in (own, default) and (name, given) != ("calibration", NONE):
+            if name in config.model_fields_set and given != own and (name, given) != ("calibration", NONE):
                 option = "--" + name.replace("_", "-")
                 raise InvalidRequest(f"{option} {_words(given)}: the profile was made with {_words(own)}; leave it out")
         for name, possible in (("allocation", ("sensitivity", "uniform")), ("statistics", ("dense",))):
@@ -87,10 +97,6 @@ class Origin(BaseModel):
                 f"MODEL is not the one that was profiled ({self.source}): its config or its weights differ; "
                 "profile it first"
             )
-
-
-def _anything(config: RunConfig) -> dict[str, Any]:
-    return {"ratio": 0.5, "model": config.model, "output": config.output}
 
 
 def _words(value: object) -> str:

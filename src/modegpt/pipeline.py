@@ -27,10 +27,11 @@ from .data import (
 )
 from .engine import Compression, Engine
 from .errors import InvalidRequest
-from .families import check_family, check_model
+from .families import check_family, check_model, model_geometry
 from .journal import Journal, check_unfinished, open_journal
 from .kept import Kept, open_kept
 from .layered import LayeredModel
+from .methods import METHODS
 from .mixture import Cut, Mixture, Texts, interleave, leading_windows, read_mixture
 from .origin import Origin, model_identity, profile_hash
 from .parallel import Workers, local_device, processes, restarts, workers
@@ -47,7 +48,7 @@ from .report import (
     peak_memory,
     versions,
 )
-from .sources import ModelSource, check_vocabulary
+from .sources import ModelSource, check_vocabulary, empty_model
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ def check_request(config: RunConfig, *, timed: bool) -> Request:
     config, model_config, plan, shape = plan_request(config, timed=timed)
     if origin is not None:
         origin.check(model_identity(model_config, source.fingerprint()))
+        assert kept is not None
+        assert kept.profile is not None
+        method = METHODS[config.method].from_config(config)
+        layers = model_geometry(empty_model(model_config, config.trust_remote_code), method.geometry)
+        kept.profile.check(layers, config.modules)
     if not finished:
         check_plan(plan, config, shape)
     tokenizer = source.tokenizer()

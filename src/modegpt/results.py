@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 
-from .budget import LayerRanks, Module
+from .budget import LayerGeometry, LayerRanks, Module
+from .errors import CheckpointError
 from .least_loss import Part, by_part, losses_at
 
 #: Points of an error curve that are kept; in between it is a straight line.
@@ -74,6 +75,10 @@ class ModuleProfile:
     divergence: float
     """E over tokens of KL(dense || with this module at rank ``probed``), in nats."""
 
+    def __post_init__(self) -> None:
+        if len(self.errors) != len(self.ranks(self.full)) or not 0 <= self.probed <= self.full:
+            raise ValueError(f"not the profile of a module of {self.full} units")
+
     @staticmethod
     def ranks(full: int) -> list[int]:
         """The ranks whose objective is kept, from 0 to ``full``."""
@@ -117,6 +122,16 @@ class Profile:
     """Of the dense model on the same windows."""
     together: dict[Part, float] = field(default_factory=dict)
     """The divergence with the modules of a part at their probed ranks in all layers at once."""
+
+    def check(self, layers: Sequence[LayerGeometry], modules: Collection[Module]) -> None:
+        """Raise :class:`CheckpointError` where it is not of ``modules`` of these ``layers``."""
+        fits = len(self.layers) == len(layers) and all(
+            set(modules) <= own.keys() <= layer.modules.keys()
+            and all(one.full == layer.modules[module].full for module, one in own.items())
+            for own, layer in zip(self.layers, layers, strict=True)
+        )
+        if not fits:
+            raise CheckpointError("the profile is not of a model of this shape: it is damaged; make it again")
 
     def losses(self) -> list[dict[Module, torch.Tensor]]:
         """D of every module at ranks 0, 1, ..., full.

@@ -1,6 +1,6 @@
 """The paper's three decompositions, those that improve on them, and what goes with them.
 
-Pure functions: tensors in, tensors out, in float64.
+Pure functions: tensors in, tensors out, in float64 (but :func:`gated_correction`, in the precision of its rows).
 
 Orientation follows the paper: rows are tokens and a linear map is ``y = x W``.
 """

@@ -175,6 +175,11 @@ class Method(ABC):
         return engine.by_layer(self, choice, sequential=sequential, seed=seed)
 
 
+def rising(errors: torch.Tensor, norm: float) -> torch.Tensor:
+    """J at ranks 0, 1, ..., full, of ``errors`` after 0, 1, ..., full - 1 units went; all of them cost ``norm``."""
+    return torch.cat((errors, errors.new_tensor([norm]))).flip(0)
+
+
 class ChannelMethod(Method):
     """A method that makes the MLP, queries with keys, and values with outputs narrower."""
 

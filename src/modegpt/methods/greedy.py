@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from .. import costs
+from ..budget import Module
 from ..decompositions import (
     ValueLadder,
     balance,
@@ -27,7 +28,7 @@ from ..decompositions import (
 )
 from ..statistics import BLOCK_ROWS, LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import ChannelMethod, Ladder, Method, Ridged, Solution
+from .base import ChannelMethod, Ladder, Method, Ridged, Solution, rising
 
 #: Of the logits' features, in units of each one's variance.
 LOGIT_RIDGE = 1e-2
@@ -53,6 +54,13 @@ class Greedy(Ridged, ChannelMethod):
         fits = costs.solve_bytes(sizes, tokens, kept), costs.correction_bytes(sizes, tokens, kept)
         return max(costs.elimination_bytes(sizes), *fits)
 
+    def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
+        """Of the MLP the elimination, and the fits and scores at one rank."""
+        if module != "mlp":
+            return costs.solve_flops(module, sizes, kept)
+        scores = costs.factor_flops(sizes.intermediate)  # of the paper's choice
+        return costs.elimination_flops(sizes) + scores + 2 * costs.refit_flops(sizes, kept)
+
     def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
         """The second fit of the MLP's inputs."""
         return costs.correction_flops(sizes, tokens, kept)
@@ -74,7 +82,7 @@ class Greedy(Ridged, ChannelMethod):
             kept, fitted, error = min(fits, key=lambda fit: fit[2])
             return Solution(weights.select(kept, fitted), error, norm, kept)
 
-        errors = torch.cat((result.errors, result.errors.new_tensor([norm]))).flip(0)
+        errors = rising(result.errors, norm)
         return Ladder(len(output), at, errors, lambda solution: self.finished(solution, weights, statistics))
 
     def finished(
@@ -124,8 +132,7 @@ class Greedy(Ridged, ChannelMethod):
             thin = fitted.select(channels, statistics.squares("query_squares"), statistics.squares("key_squares"))
             return Solution(thin, error, norm, channels, pairs)
 
-        errors = torch.cat((ladder.errors, ladder.errors.new_tensor([norm]))).flip(0)
-        return Ladder(full, at, errors)
+        return Ladder(full, at, rising(ladder.errors, norm))
 
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """:mod:`modegpt.decompositions.values`, with the bases of a joint SVD or those of appendix B.1."""

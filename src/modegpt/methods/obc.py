@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from .. import costs
+from ..budget import Module
 from ..decompositions import greedy_elimination, refit, regularised, unit_channels
 from ..statistics import LayerStatistics
 from ..weights import HeadWeights, MLPWeights
-from .base import HeadMethod, Ladder, Ridged, Solution
+from .base import HeadMethod, Ladder, Ridged, Solution, rising
 
 
 class OBC(Ridged, HeadMethod):
@@ -32,6 +33,12 @@ class OBC(Ridged, HeadMethod):
         """What takes most of the fits and the eliminations."""
         eliminations = costs.elimination_bytes(sizes), costs.head_elimination_bytes(sizes)
         return max(costs.solve_bytes(sizes, tokens, kept), *eliminations)
+
+    def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
+        """Of the MLP the elimination and the fit at one rank."""
+        if module != "mlp":
+            return costs.solve_flops(module, sizes, kept)
+        return costs.elimination_flops(sizes) + costs.refit_flops(sizes, kept)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """A structure is one channel."""
@@ -65,7 +72,7 @@ class _Eliminated:
         self._gram, self._output, self._width, self._ridge = gram, output, width, ridge
         self._result = greedy_elimination(regularised(gram, ridge), output, width=width)
         self.norm = float((output * (gram @ output)).sum())
-        self.errors = torch.cat((self._result.errors, self._result.errors.new_tensor([self.norm]))).flip(0)
+        self.errors = rising(self._result.errors, self.norm)
 
     def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """The units that stay (rank,), their part of the output map (rank * width, d), and the error."""

@@ -78,8 +78,8 @@ class SliceGPT(Method, OwnAllocation):
         if expert_count(layer, family) or not sliceable(layer):
             raise InvalidRequest(
                 f"--method {self.name} needs layers x + attention(norm(x)), then x + mlp(norm(x)), with RMS norms and "
-                f"no experts, as Llama, Mistral, Qwen2, Qwen3 and Phi-3 have; a {type(layer).__name__} is not one: use "
-                "greedy or modegpt"
+                "no experts, as Llama, Mistral, Ministral, Qwen2, Qwen3, Phi-3 and Gemma 1 have; "
+                f"a {type(layer).__name__} is not one: use greedy or modegpt"
             )
         dense, maps = layer_geometry(layer, config, family), map_shapes(layer, config, family)
         value_bias = linear(layer, f"{family.attention}.{family.input_maps[-1]}")[1] is not None
