@@ -182,13 +182,16 @@ class LayerStatistics:
 
 
 def sampled_tokens(windows: TokenWindows) -> torch.Tensor:
-    """Which tokens of all ``windows`` the rows are of: (N, T) bool, real ones evenly apart, ``SAMPLED_ROWS`` at most.
+    """Which tokens of all ``windows`` the rows are of: (N, T) bool, ``SAMPLED_ROWS`` at most.
 
-    They begin in the middle of the first stretch: what windows begin with is unlike all other tokens.
+    Of every window the first, which most attention goes to and whose activations are like no others', and from there
+    one in so many real ones; of more windows than rows, only some.
     """
     real = torch.ones_like(windows.ids, dtype=torch.bool) if windows.mask is None else windows.mask
-    number, every = real.flatten().cumsum(0).view_as(real) - 1, math.ceil(windows.tokens / SAMPLED_ROWS)
-    return real & (number % every == every // 2)
+    count, length = real.shape
+    every = math.ceil(length / max(1, SAMPLED_ROWS // count))
+    window = torch.arange(count, device=real.device)[:, None] % math.ceil(count / SAMPLED_ROWS)
+    return real & ((real.cumsum(1) - 1) % every == 0) & (window == 0)
 
 
 AttentionObserver = Callable[..., None]
