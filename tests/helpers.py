@@ -22,11 +22,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 import modegpt
 from modegpt import cli
+from modegpt.budget import LayerRanks
 from modegpt.config import RunConfig
 from modegpt.data import TokenWindows
+from modegpt.engine import Engine
 from modegpt.journal import Journal, work_directory
+from modegpt.layered import resident
+from modegpt.methods import ModeGPT
 from modegpt.pipeline import compress_to_directory
 from modegpt.report import CompressionReport
+from modegpt.results import Choice
 
 
 def tiny_llama(*, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
@@ -210,3 +215,16 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids).logits
     assert isinstance(logits, torch.Tensor)
     return logits
+
+
+def narrow_llama(**settings: Any) -> PreTrainedModel:
+    """A compressed Llama all of whose heads keep the rotary pairs 0 and 1 of four, with three different MLPs."""
+    dense = tiny_llama(**settings)
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            for name in ("q_proj", "k_proj"):
+                getattr(layer.self_attn, name).weight.unflatten(0, (-1, 2, 4))[:, :, 2:] *= 1e-3
+    engine = Engine(resident(dense), token_windows(8, 32), 4)
+    ranks = [LayerRanks({"mlp": 20 + 4 * index, "qk": 2, "vo": 3}) for index in range(3)]
+    with engine.active():
+        return engine.compress(ModeGPT(1e-4), Choice(ranks, [{}] * 3), sequential=False).model

@@ -298,6 +298,47 @@ def generate(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .gguf file, or a directory for a stock model.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="'gguf', a file for llama.cpp, or 'stock', a LlamaForCausalLM that needs no code of modegpt's.",
+        ),
+    ],
+    type: Annotated[
+        str, typer.Option(help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, q4_0, ...")
+    ] = "f16",
+    pre_tokenizer: Annotated[
+        str | None, typer.Option(help="llama.cpp's name for how the tokenizer splits text, where it cannot be told.")
+    ] = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write MODEL for other engines, which it computes the same in.
+
+    Where the engine wants all heads or layers alike, zeros fill them up; how many is printed.
+    """
+    from .console import choose_progress, export_line, say
+    from .exports import export as carry_out
+
+    facts = carry_out(
+        model,
+        output,
+        format,
+        kind=type,
+        pre_tokenizer=pre_tokenizer,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        progress=choose_progress(Console(stderr=True), quiet),
+    )
+    if not quiet:
+        say(Console(), export_line(facts))
+
+
+@app.command()
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.", metavar="DIR")],
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,6 +26,9 @@ from .plan import Plan
 from .progress import Progress
 from .report import CompressionReport, RunFacts
 
+if TYPE_CHECKING:
+    from .exports import ExportFacts
+
 PHASES = {
     "text": "Reading text",
     "load": "Loading the model",
@@ -33,6 +37,7 @@ PHASES = {
     "profile": "Profiling layers",
     "compress": "Compressing layers",
     "evaluate": "Measuring perplexity",
+    "export": "Writing the model",
 }
 
 
@@ -126,6 +131,16 @@ def plan_line(plan: Plan) -> str:
     if plan.seconds is not None:
         parts.append(f"about {duration(plan.seconds)}")
     return f"Plan: {', '.join(parts)}"
+
+
+def export_line(facts: ExportFacts) -> str:
+    """What an export has become, in one line."""
+    narrow, wide = (f"{width:,}" for width in facts.widths)
+    return (
+        f"Exported: {facts.parameters:,} parameters as {facts.exported:,} "
+        f"({facts.exported / facts.parameters - 1:+.1%}), heads of {facts.head} channels, "
+        f"MLPs of {narrow if narrow == wide else f'{narrow} to {wide}'}, the same model up to {facts.context:,} tokens"
+    )
 
 
 def plan_table(plan: Plan) -> Table:

@@ -1,0 +1,136 @@
+"""A plain decoder as a GGUF file, for llama.cpp and what is built on it.
+
+Layers of one width are the architecture ``llama``; of several, ``deci``, the same block with sizes for every layer. In
+both the channels 2 i and 2 i + 1 of a head rotate together, where Transformers has i and i + D / 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import LlamaFileType
+
+from ..files import replace_file
+from .gguf_tokenizer import TokenizerFields
+from .plain import PlainDecoder, PlainShape
+
+#: What matrices can be stored as, and how a file of these is labelled.
+TYPES = {
+    "f32": (Type.F32, LlamaFileType.ALL_F32),
+    "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q5_1": (Type.Q5_1, LlamaFileType.MOSTLY_Q5_1),
+    "q5_0": (Type.Q5_0, LlamaFileType.MOSTLY_Q5_0),
+    "q4_1": (Type.Q4_1, LlamaFileType.MOSTLY_Q4_1),
+    "q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+#: Rows of a multiple of this many numbers can be quantised in blocks.
+BLOCK = 32
+_BLOCKED = {kind for kind in TYPES if kind.startswith("q")}
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFields, name: str) -> int:
+    """Write ``plain`` with its tokenizer into the file ``path``, matrices as one of :data:`TYPES`; how many numbers.
+
+    MLPs get channels of zeros up to a multiple of 32. Norms, biases and rotary factors are float32; embeddings and head
+    have 8 bits where the other matrices have fewer. A matrix whose rows are no multiple of 32 numbers stays in 16 bits.
+    """
+    counted: list[int] = []
+    replace_file(path, lambda file: counted.append(_write(file, plain, kind, fields, name)))
+    return counted[0]
+
+
+def _write(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFields, name: str) -> int:
+    shape, widths = plain.shape, [-(-width // BLOCK) * BLOCK for width in plain.shape.widths]
+    same = len({*zip(widths, shape.heads, shape.groups, strict=True)}) == 1
+    writer = gguf.GGUFWriter(path, "llama" if same else "deci", use_temp_file=True)  # a tensor at a time in memory
+    writer.add_name(name)
+    writer.add_file_type(TYPES[kind][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_sizes(writer, shape, widths, same)
+    fields.add_to(writer)
+    count = 0
+    for label, tensor in _tensors(plain, widths):
+        _add_tensor(writer, label, tensor, kind)
+        count += tensor.numel()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return count
+
+
+def _add_sizes(writer: gguf.GGUFWriter, shape: PlainShape, widths: list[int], same: bool) -> None:
+    writer.add_block_count(len(widths))
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_feed_forward_length(widths[0] if same else widths)
+    writer.add_head_count(shape.heads[0] if same else list(shape.heads))
+    writer.add_head_count_kv(shape.groups[0] if same else list(shape.groups))
+    writer.add_key_length(shape.head)
+    writer.add_value_length(shape.head)
+    writer.add_rope_dimension_count(shape.head)
+    writer.add_rope_freq_base(shape.base)
+    writer.add_layer_norm_rms_eps(shape.epsilon)
+
+
+def _tensors(plain: PlainDecoder, widths: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    shape = plain.shape
+    for name, tensor in plain.rest().items():
+        yield _renamed(name, _REST), tensor
+    if not shape.usual:
+        yield "rope_freqs.weight", shape.factors()
+    for index, width in enumerate(widths):
+        for name, tensor in plain.layer(index, width=width).items():
+            if name.startswith(("self_attn.q_proj", "self_attn.k_proj")):
+                tensor = _interleaved(tensor, shape.head)
+            yield f"blk.{index}.{_renamed(name, _LAYER)}", tensor
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    owner, _, kind = name.rpartition(".")
+    return f"{names[owner]}.{kind}"
+
+
+def _interleaved(x: torch.Tensor, head: int) -> torch.Tensor:
+    """Rows (heads * D, ...) with the first and the second channel of every pair next to each other."""
+    pairs = x.unflatten(0, (-1, 2, head // 2))
+    interleaved: torch.Tensor = pairs.transpose(1, 2).flatten(0, 2)
+    return interleaved
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: str) -> None:
+    data: Any = tensor.to("cpu", torch.float32).contiguous().numpy()
+    chosen = kind
+    if tensor.dim() < 2:
+        chosen = "f32"
+    elif kind in _BLOCKED and tensor.shape[-1] % BLOCK:
+        chosen = "f16"
+    elif kind in _BLOCKED and name.startswith(("token_embd", "output.")):
+        chosen = "q8_0"
+    if chosen == "f32":
+        writer.add_tensor(name, data)
+    elif chosen == "f16":
+        writer.add_tensor(name, data.astype(np.float16))
+    else:
+        writer.add_tensor(name, gguf.quants.quantize(data, TYPES[chosen][0]), raw_dtype=TYPES[chosen][0])

@@ -1,0 +1,324 @@
+"""A decoder as a plain Llama: one head size, one list of rotary frequencies, zeros where these ask for more.
+
+Engines with fixed layer shapes know queries, keys and values of one head size D in all layers, whose channels i and
+i + D / 2 rotate by the i-th frequency of one list, and the softmax scale 1 / sqrt(D). A model whose layers and heads
+keep different rotary pairs becomes such a one exactly: the list is the union of what any head keeps, rows of zeros
+stand for the pairs that a head does not keep and for the value channels that a layer does not have, and
+
+    W_q <- s a^2 sqrt(D) W_q,
+
+s the model's own softmax scale and a the factor of its rotary embedding (1 for channels that this leaves alone), makes
+the logits what they were. Maps that are stored as two thin ones become one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import InvalidRequest
+from ..families import base_model, decoder_layers
+from ..layout import HeadShape
+from ..modeling import FAMILIES, NORMS, CompactAttention, Family, features, has_experts, stock_config
+from ..modeling.modeling_factors import FactorisedLinear
+from ..modeling.modeling_modegpt import COMPRESSED
+from ..slicing import sliceable
+from ..weights import QueryKeyWeights, ValueOutputWeights, read_query_key, read_value_output
+
+#: Model types that are a Llama with other names, biases or packing.
+LIKE_LLAMA = ("llama", "mistral", "ministral", "phi3", "qwen2")
+#: In place of a rotary frequency of zero, whose factor would be infinite: no float32 angle differs from 0.
+_STILL = 1e-30
+
+Tensors = dict[str, torch.Tensor]
+#: A rotary pair, and which of a head's pairs with this number: those that do not rotate share one.
+Slot = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    """The sizes of a plain decoder."""
+
+    hidden: int
+    head: int
+    """D, even."""
+    frequencies: torch.Tensor
+    """Radians per token of every slot of a head: (D / 2,) float64, positive."""
+    base: float
+    """The rotary base of the original model."""
+    heads: tuple[int, ...]
+    groups: tuple[int, ...]
+    """Query and key-value heads of every layer."""
+    widths: tuple[int, ...]
+    """Of every layer's MLP."""
+    context: int
+    """Tokens up to which it is the same model."""
+    epsilon: float
+    """Of the RMS norms."""
+    vocabulary: int
+    tied: bool
+
+    def factors(self) -> torch.Tensor:
+        """What the usual frequencies of D channels are divided by: f, theta_i = base^(-2 i / D) / f_i, (D / 2,)."""
+        usual = self.base ** -(torch.arange(0, self.head, 2, dtype=torch.float64) / self.head)
+        return usual / self.frequencies
+
+    @property
+    def usual(self) -> bool:
+        """Whether the frequencies are the usual ones, up to float32."""
+        return bool((self.factors() - 1).abs().max() < 1e-6)
+
+
+class PlainDecoder:
+    """The tensors of a dense or compressed ``model`` as a plain Llama's, under the names of Transformers."""
+
+    def __init__(self, model: PreTrainedModel, *, multiple: int = 2) -> None:
+        """With a head size that is a ``multiple``. Raises :class:`InvalidRequest` for what is no Llama."""
+        self.model = model
+        family = FAMILIES[model.config.model_type.removeprefix(COMPRESSED)]
+        self._family = family.description
+        self._layers = decoder_layers(model, family)
+        check_plain(model.config)
+        if not all(sliceable(layer) for layer in self._layers):
+            raise InvalidRequest(
+                "MODEL cannot be a plain Llama: its layers are not x + attention(norm(x)), then x + mlp(norm(x)), with "
+                "RMS norms and nothing else ('slicegpt' has adapters)"
+            )
+        pairs, heads, groups, values = zip(*map(self._sizes, self._layers), strict=True)
+        self._slots = _union(pairs)
+        head = max(2 * len(self._slots), *values)
+        head = math.ceil(head / multiple) * multiple
+        rotary: Any = base_model(model).get_submodule("rotary_emb")
+        self._gains = _gains(rotary, self._slots, head)
+        config = stock_config(model.config)
+        self.shape = PlainShape(
+            hidden=config.hidden_size,
+            head=head,
+            frequencies=_frequencies(rotary.inv_freq.double().cpu(), self._slots, head),
+            base=float(config.rope_parameters["rope_theta"]),
+            heads=heads,
+            groups=groups,
+            widths=tuple(_width(layer, self._family) for layer in self._layers),
+            context=_context(config, self._layers, self._family),
+            epsilon=float(config.rms_norm_eps),
+            vocabulary=config.vocab_size,
+            tied=_tied(model),
+        )
+
+    def _sizes(self, layer: nn.Module) -> tuple[torch.Tensor, int, int, int]:
+        """The rotary pairs of a layer, its query and key-value heads, and the channels of a value head."""
+        one = _attention(layer, self._family, self.model)
+        groups, per_group = one.query_key.query.shape[:2]
+        return one.pairs, groups * per_group, groups, one.value_output.value.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def layer(self, index: int, groups: int | None = None, width: int | None = None) -> Tensors:
+        """The tensors of a layer, float64, under their names within it; biases only where there are any.
+
+        With heads and MLP channels of zeros up to so many key-value heads (``groups``) and channels (``width``).
+        """
+        layer, shape = self._layers[index], self.shape
+        tensors = {f"{name}.weight": _gain(layer.get_submodule(name)) for name in NORMS}
+        attention = _attention(layer, self._family, self.model)
+        qk = _spread(attention.query_key, attention.pairs, self._slots, shape.head)
+        scale = attention.scaling * math.sqrt(shape.head) * self._gains.to(qk.query)
+        vo, missing = attention.value_output, shape.head - attention.value_output.value.shape[-1]
+        more = (groups or shape.groups[index]) - shape.groups[index]
+        value = _pad(vo.value, more, last=missing)  # (G, d, D)
+        output = _pad(vo.output.mT, more, last=missing)  # (G, g, d, D)
+        query, key = _pad(scale * qk.query, more), _pad(qk.key, more)
+        tensors |= {
+            "self_attn.q_proj.weight": query.mT.flatten(0, 2),
+            "self_attn.k_proj.weight": key.mT.flatten(0, 1),
+            "self_attn.v_proj.weight": value.mT.flatten(0, 1),
+            "self_attn.o_proj.weight": output.mT.flatten(0, 2).T,
+        }
+        biases = {
+            "q_proj": None if qk.query_bias is None else _pad(scale * qk.query_bias, more),
+            "k_proj": None if qk.key_bias is None else _pad(qk.key_bias, more),
+            "o_proj": vo.output_bias,
+        }
+        tensors |= {f"self_attn.{name}.bias": bias.flatten() for name, bias in biases.items() if bias is not None}
+        return tensors | _mlp(layer, self._family, (width or shape.widths[index]) - shape.widths[index])
+
+    def rest(self) -> Tensors:
+        """Embeddings, final norm and, unless it is tied, the head, in their own dtype."""
+        embeddings: Any = self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        norm: Any = base_model(self.model).get_submodule("norm")
+        tensors = {"model.embed_tokens.weight": embeddings.weight.detach(), "model.norm.weight": _gain(norm)}
+        return tensors if self.shape.tied else tensors | {"lm_head.weight": head.weight.detach()}
+
+
+@dataclass(frozen=True)
+class _Attention:
+    query_key: QueryKeyWeights
+    """All first channels of the pairs first, then all second ones."""
+    pairs: torch.Tensor
+    """(G, r); the number after the last one for pairs that do not rotate."""
+    value_output: ValueOutputWeights
+    scaling: float
+
+
+def check_plain(config: PreTrainedConfig) -> None:
+    """Refuse the models of a ``config`` that zeros do not turn into a Llama."""
+    kind, problem = config.model_type.removeprefix(COMPRESSED), None
+    activation = getattr(config, "hidden_act", None)
+    if kind not in LIKE_LLAMA:
+        problem = f"models of type {kind!r} compute something else; those of type {', '.join(LIKE_LLAMA)} can"
+    elif activation not in ("silu", "swish"):
+        problem = f"the activation of its MLP is {activation!r}, not 'silu'"
+    if problem is not None:
+        raise InvalidRequest(f"MODEL cannot be a plain Llama: {problem}")
+
+
+def _attention(layer: nn.Module, family: Family, model: PreTrainedModel) -> _Attention:
+    """The attention of a stock or compressed ``layer`` in the common form."""
+    module: Any = layer.get_submodule(family.attention)
+    if isinstance(module, CompactAttention):
+        return _compact_attention(module)
+    shape = HeadShape.of(layer, model.config, family)
+    query_key, pairs = read_query_key(layer, family, shape).compact()
+    assert pairs is not None
+    return _Attention(query_key, pairs, read_value_output(layer, family, shape), module.scaling)
+
+
+def _compact_attention(module: CompactAttention) -> _Attention:
+    qk, v = module.qk_head_dim, module.v_head_dim
+    (query, query_bias), (key, key_bias), (value, _), (output, output_bias) = (
+        _linear(module, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    )
+    groups = key.shape[1] // qk
+    assert module.rotary_pairs is not None
+    query_key = QueryKeyWeights(
+        query=query.unflatten(1, (groups, -1, qk)).permute(1, 2, 0, 3),
+        key=key.unflatten(1, (groups, qk)).permute(1, 0, 2),
+        query_bias=None if query_bias is None else query_bias.view(groups, -1, qk),
+        key_bias=None if key_bias is None else key_bias.view(groups, qk),
+    )
+    value_output = ValueOutputWeights(
+        value=value.unflatten(1, (groups, v)).permute(1, 0, 2),
+        output=output.view(groups, -1, v, output.shape[1]),
+        output_bias=output_bias,
+    )
+    return _Attention(query_key, module.rotary_pairs.cpu(), value_output, module.scaling)
+
+
+def _linear(module: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W (in, out) of what the map ``name`` of a ``module`` and those before it compute, and its bias; float64."""
+    linear: Any = module.get_submodule(name)
+    last = linear.second if isinstance(linear, FactorisedLinear) else linear
+    weight = last.weight.detach().double().T
+    if isinstance(linear, FactorisedLinear):
+        weight = linear.first.weight.detach().double().T @ weight
+    shared: Any = getattr(module, "shared_input", None)
+    if shared is not None and weight.shape[0] == shared.out_features and name not in _NOT_SHARED:
+        weight = shared.weight.detach().double().T @ weight
+    return weight, None if last.bias is None else last.bias.detach().double()
+
+
+_NOT_SHARED = ("v_proj", "o_proj", "down_proj")
+
+
+def _pad(x: torch.Tensor, first: int, last: int = 0) -> torch.Tensor:
+    """``x`` with so many more zeros at the end of its first and of its last dimension."""
+    return nn.functional.pad(x, (0, last, *[0, 0] * (x.dim() - 2), 0, first))
+
+
+def _mlp(layer: nn.Module, family: Family, more: int) -> Tensors:
+    """The MLP under Llama's names, with so many ``more`` channels; its input maps may be one."""
+    owner = layer.get_submodule("mlp")
+    inputs: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+    for path in family.mlp_inputs:
+        weight, bias = _linear(owner, path.removeprefix("mlp."))
+        parts = 2 // len(family.mlp_inputs)
+        biases = [None] * parts if bias is None else bias.chunk(parts)
+        inputs += zip(weight.chunk(parts, dim=1), biases, strict=True)
+    names = ("gate_proj", "up_proj", "down_proj")
+    found = zip(names, [*inputs, _linear(owner, family.mlp_output.removeprefix("mlp."))], strict=True)
+    tensors = {}
+    for name, (weight, bias) in found:
+        out = name == "down_proj"
+        tensors[f"mlp.{name}.weight"] = _pad(weight, more if out else 0, 0 if out else more).T
+        if bias is not None:
+            tensors[f"mlp.{name}.bias"] = bias if out else nn.functional.pad(bias, (0, more))
+    return tensors
+
+
+def _width(layer: nn.Module, family: Family) -> int:
+    assert not has_experts(layer, family)
+    return features(layer.get_submodule(family.mlp_output))[0]
+
+
+def _union(rows: Sequence[torch.Tensor]) -> list[Slot]:
+    """All slots that any head of any layer needs, ascending."""
+    return sorted({slot for pairs in rows for row in pairs.tolist() for slot in _numbered(row)})
+
+
+def _numbered(pairs: Sequence[int]) -> list[Slot]:
+    return [(pair, pairs[:place].count(pair)) for place, pair in enumerate(pairs)]
+
+
+def _frequencies(own: torch.Tensor, slots: Sequence[Slot], head: int) -> torch.Tensor:
+    """Of every slot of a head of ``head`` channels; those that no head uses have any."""
+    found = [float(own[pair]) if pair < len(own) else _STILL for pair, _ in slots]
+    return torch.tensor(found + [1.0] * (head // 2 - len(found)), dtype=torch.float64)
+
+
+def _gains(rotary: Any, slots: Sequence[Slot], head: int) -> torch.Tensor:
+    """What the rotary embedding does to the size of a product of two channels: (D,). It leaves alone what is still."""
+    gains = torch.ones(head // 2, dtype=torch.float64)
+    for place, (pair, _) in enumerate(slots):
+        if pair < len(rotary.inv_freq):
+            gains[place] = float(rotary.attention_scaling) ** 2
+    return gains.repeat(2)
+
+
+def _spread(qk: QueryKeyWeights, pairs: torch.Tensor, slots: Sequence[Slot], head: int) -> QueryKeyWeights:
+    """Queries and keys with every pair in its slot: channels (..., D), the slots' first ones before their second."""
+    place = {slot: number for number, slot in enumerate(slots)}
+    first = torch.tensor([[place[slot] for slot in _numbered(row)] for row in pairs.tolist()])
+    channels = torch.cat((first, first + head // 2), dim=-1)  # (G, 2 r)
+
+    def moved(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None:
+            return None
+        index = channels.to(x.device).view(len(channels), *[1] * (x.dim() - 2), -1).expand(x.shape)
+        return x.new_zeros(*x.shape[:-1], head).scatter(-1, index, x)
+
+    query, key = moved(qk.query), moved(qk.key)
+    assert query is not None
+    assert key is not None
+    return replace(qk, query=query, key=key, query_bias=moved(qk.query_bias), key_bias=moved(qk.key_bias))
+
+
+def _gain(norm: Any) -> torch.Tensor:
+    weight: torch.Tensor = norm.weight.detach()
+    return weight
+
+
+def _context(config: Any, layers: Sequence[nn.Module], family: Family) -> int:
+    """Up to where neither a sliding window nor a rotary embedding that depends on the length makes a difference."""
+    limits = [config.max_position_embeddings]
+    windows = [getattr(layer.get_submodule(family.attention), "sliding_window", None) for layer in layers]
+    if family.sliding_window:  # of all layers, and not in their modules
+        windows.append(getattr(config, family.sliding_window))
+    limits += [window for window in windows if window is not None]
+    parameters = config.rope_parameters
+    if parameters.get("rope_type") in ("dynamic", "longrope"):
+        limits.append(parameters.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return int(min(limits))
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    one: Any = model.get_input_embeddings()
+    other: Any = model.get_output_embeddings()
+    return bool(one.weight.data_ptr() == other.weight.data_ptr())

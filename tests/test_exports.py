@@ -1,0 +1,267 @@
+"""Models for other engines: what a plain Llama or a GGUF file computes, against the model that it was made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import modegpt
+from family_table import BY_NAME
+from helpers import narrow_llama, run_cli, tiny_llama, token_windows
+from modegpt.errors import InvalidRequest
+from modegpt.exports.gguf_file import TYPES, write_gguf
+from modegpt.exports.gguf_tokenizer import tokenizer_fields
+from modegpt.exports.plain import LIKE_LLAMA, PlainDecoder, check_plain
+from modegpt.exports.stock import stock_model
+from modegpt.sources import ModelSource
+
+PLAIN = [name for name, row in BY_NAME.items() if row.build().config.model_type in LIKE_LLAMA]
+METHODS = ("modegpt", "flap", "svd", "joint-rank-k", "shortgpt")
+
+
+def smaller(name: str, method: str | None, **options: Any) -> PreTrainedModel:
+    model = BY_NAME[name].build()
+    if method is None:
+        return model
+    return modegpt.compress(model, calibration=token_windows(8, 32), **{"ratio": 0.3, "method": method, **options})
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+# Plain Llamas
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((name, method) for name in PLAIN for method in (None, "greedy", "obc")),
+        *((name, method) for name in ("llama-gqa", "llama-biases", "phi3") for method in METHODS),
+    ],
+)
+def test_a_plain_llama_computes_the_same(name: str, method: str | None) -> None:
+    model = smaller(name, method)
+    plain = PlainDecoder(model)
+    stock = stock_model(plain)
+    assert type(stock) is LlamaForCausalLM
+    ids = token_windows(2, min(24, plain.shape.context)).ids
+    torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=5e-5)
+
+
+def test_beyond_its_context_it_is_another_model() -> None:
+    """A window of 6 tokens is what the model has and a plain Llama has not."""
+    model = smaller("mistral-window", None)
+    plain = PlainDecoder(model)
+    assert plain.shape.context == 6
+    ids = token_windows(1, 24).ids
+    assert (logits(stock_model(plain), ids) - logits(model, ids)).abs().max() > 0.1
+
+
+def test_only_pairs_and_widths_that_some_layer_keeps_are_there() -> None:
+    """Layers with pairs in common become heads as narrow as these."""
+    model = narrow_llama()
+    shape = PlainDecoder(model).shape
+    assert (shape.head, shape.widths) == (4, (20, 24, 28))
+    assert not shape.usual
+    stock = stock_model(PlainDecoder(model))
+    assert stock.config.rope_parameters["rope_type"] == "longrope"
+    assert (stock.config.head_dim, stock.config.intermediate_size) == (4, 28)
+    ids = token_windows(2, 48).ids
+    torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mixtral", "gemma"])
+def test_what_is_no_llama_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="MODEL cannot be a plain Llama: models of type"):
+        check_plain(BY_NAME[name].build().config)
+
+
+def test_another_activation_and_adapters_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="the activation of its MLP is 'gelu', not 'silu'"):
+        check_plain(tiny_llama(hidden_act="gelu").config)
+    with pytest.raises(InvalidRequest, match="'slicegpt' has adapters"):
+        PlainDecoder(smaller("llama-gqa", "slicegpt"))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def small(tiny_checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("exports") / "small"
+    options = ("--ratio", 0.3, "--calibration", text_file, "--samples", 8, "--sequence-length", 32)
+    outcome = run_cli("compress", tiny_checkpoint, "-o", directory, *options)
+    assert outcome.code == 0, outcome.err
+    return directory
+
+
+def test_a_stock_directory_needs_no_code_of_ours(small: Path, tmp_path: Path) -> None:
+    outcome = run_cli("export", small, "-o", tmp_path / "stock", "--format", "stock")
+    assert outcome.code == 0, outcome.err
+    config = json.loads((tmp_path / "stock/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in config
+    stock, tokenizer = (kind.from_pretrained(tmp_path / "stock") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert type(stock) is LlamaForCausalLM
+    model, ids = modegpt.load(small), tokenizer("the model keeps", return_tensors="pt")
+    torch.testing.assert_close(logits(stock, ids.input_ids), logits(model, ids.input_ids), rtol=1e-4, atol=5e-5)
+    texts = [one.generate(**ids, max_new_tokens=12, do_sample=False) for one in (stock, model)]
+    assert texts[0].equal(texts[1])
+    own, exported = (sum(p.numel() for p in one.parameters()) for one in (model, stock))
+    assert f"Exported: {own:,} parameters as {exported:,} ({exported / own - 1:+.1%})" in outcome.out
+    assert not [path for path in tmp_path.iterdir() if path.name != "stock"]
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, gguf.ReaderTensor]]:
+    reader = gguf.GGUFReader(path)
+    return {name: field.contents() for name, field in reader.fields.items()}, {one.name: one for one in reader.tensors}
+
+
+def test_a_gguf_file_of_a_dense_model_is_read_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--format", "gguf", "--type", "f32", "-q")
+    assert run_cli("export", tiny_checkpoint, "-o", tmp_path / "tiny.gguf", *options).out == ""
+    dense = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    again = ModelSource(str(tmp_path / "tiny.gguf")).model()
+    ids = token_windows(2, 24).ids
+    torch.testing.assert_close(logits(again, ids), logits(dense, ids))
+    fields, _ = read_gguf(tmp_path / "tiny.gguf")
+    assert (fields["general.architecture"], fields["general.name"]) == ("llama", tiny_checkpoint.name)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_matrices_have_the_type_that_was_asked_for(small: Path, tmp_path: Path, kind: str) -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=96)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    path, plain = tmp_path / "x.gguf", PlainDecoder(model)
+    count = write_gguf(path, plain, kind, tokenizer_fields(tokenizer, 320), "x")
+    _, tensors = read_gguf(path)
+    assert count == sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+    blocked = kind.startswith("q")
+    for name, tensor in tensors.items():
+        expected = TYPES[kind][0]
+        if "norm" in name:
+            expected = gguf.GGMLQuantizationType.F32
+        elif blocked and name.startswith(("token_embd", "output.")):
+            expected = gguf.GGMLQuantizationType.Q8_0
+        assert tensor.tensor_type == expected, name
+    stored = tensors["blk.0.ffn_up.weight"]
+    found = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
+    wanted = model.model.layers[0].mlp.up_proj.weight.detach()
+    bits = {"f32": 23, "f16": 10, "bf16": 7}.get(kind) or int(kind[1]) - 2
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 2.0**-bits
+
+
+def test_layers_of_several_widths_are_another_architecture(small: Path, tmp_path: Path) -> None:
+    assert run_cli("export", small, "-o", tmp_path / "a.gguf", "--format", "gguf", "--type", "q8_0").code == 0
+    fields, tensors = read_gguf(tmp_path / "a.gguf")
+    widths = [layer.mlp.down_proj.in_features for layer in modegpt.load(small).model.layers]
+    padded = [-(-width // 32) * 32 for width in widths]
+    assert [int(tensors[f"blk.{index}.ffn_down.weight"].shape[0]) for index in range(3)] == padded
+    if len(set(padded)) > 1:
+        assert fields["general.architecture"] == "deci"
+        assert fields["deci.feed_forward_length"] == padded
+    else:
+        assert fields["general.architecture"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--format onnxx", "--format 'onnxx': use one of gguf, stock"),
+        ("--format gguf --type q3", "--type 'q3': use one of f32, f16, bf16, q8_0"),
+        ("--format stock --type q8_0", "--type q8_0 goes with --format gguf"),
+    ],
+)
+def test_what_cannot_be_is_refused(small: Path, tmp_path: Path, options: str, words: str) -> None:
+    outcome = run_cli("export", small, "-o", tmp_path / "x", *options.split())
+    assert (outcome.code, words in outcome.err) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    for name, words in (("mine", "is there already"), ("mine/x.gguf", "is a file")):
+        outcome = run_cli("export", small, "-o", tmp_path / name, "--format", "gguf")
+        assert (outcome.code, words in outcome.err) == (2, True)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_models_of_other_types_are_refused_before_they_are_loaded(checkpoint: Any, tmp_path: Path) -> None:
+    outcome = run_cli("export", checkpoint("gpt2"), "-o", tmp_path / "x.gguf", "--format", "gguf")
+    assert (outcome.code, "models of type 'gpt2' compute something else" in outcome.err) == (2, True)
+
+
+# Tokenizers
+
+
+def byte_level(*before: Any, use_regex: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, last]) if before else last
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", chat_template="{{ messages }}")
+
+
+def test_the_name_of_the_splitting_is_told_from_the_tokenizer() -> None:
+    from modegpt.exports import gguf_tokenizer
+
+    split = [pre_tokenizers.Split(Regex(one), "isolated") for one in (gguf_tokenizer._LLAMA3, gguf_tokenizer._QWEN2)]
+    found = [
+        tokenizer_fields(byte_level(use_regex=True), 8).pre,
+        tokenizer_fields(byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True), 8).pre,
+        tokenizer_fields(byte_level(split[0], use_regex=False), 8).pre,
+        tokenizer_fields(byte_level(split[1], use_regex=False), 8).pre,
+    ]
+    assert found == ["gpt-2", "smollm", "llama-bpe", "qwen2"]
+    other = byte_level(pre_tokenizers.Split(Regex("x"), "isolated"), use_regex=False)
+    with pytest.raises(InvalidRequest, match="give it with --pre-tokenizer"):
+        tokenizer_fields(other, 8)
+    assert tokenizer_fields(other, 8, "mine").pre == "mine"
+
+
+def test_tokens_types_and_merges_of_a_byte_level_tokenizer() -> None:
+    tokenizer = byte_level(use_regex=True)
+    tokenizer.add_tokens(["word"])
+    fields = tokenizer_fields(tokenizer, 6)
+    assert fields.model == "gpt2"
+    assert fields.tokens == ["a", "b", "ab", "<e>", "word", "[PAD5]"]
+    kinds = gguf.TokenType
+    assert fields.types == [kinds.NORMAL] * 3 + [kinds.CONTROL, kinds.USER_DEFINED, kinds.UNUSED]
+    assert (fields.merges, fields.scores) == (["a b"], None)
+    assert (fields.special, fields.chat_template) == ({"eos": 3}, "{{ messages }}")
+    assert fields.adds == {"space": False, "bos": False, "eos": False}
+
+
+def test_scores_of_a_sentencepiece_tokenizer_are_the_order_of_its_merges() -> None:
+    blank = "\N{LOWER ONE EIGHTH BLOCK}"
+    tokens = ["<unk>", "<s>", "<0x0A>", blank, "a", "b", "ab", blank + "ab"]
+    vocab = {name: number for number, name in enumerate(tokens)}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=[("a", "b"), (blank, "ab")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
+    tokenizer.decoder = decoders.ByteFallback()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    fields = tokenizer_fields(fast, 8)
+    kinds = gguf.TokenType
+    assert (fields.model, fields.pre, fields.merges) == ("llama", "default", None)
+    assert fields.types == [kinds.UNKNOWN, kinds.CONTROL, kinds.BYTE, *[kinds.NORMAL] * 5]
+    assert fields.scores is not None
+    assert fields.scores[-2:] == [0.0, -1.0]
+    assert fields.scores[4] == -2.0
+    assert fields.adds == {"space": True, "bos": False, "eos": False}
+
+
+def test_other_tokenizers_are_refused() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab={"a": 0}, unk_token="a")))
+    with pytest.raises(InvalidRequest, match="the tokenizer is no byte-pair encoding but 'WordLevel'"):
+        tokenizer_fields(tokenizer, 8)
