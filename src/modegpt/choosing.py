@@ -21,6 +21,7 @@ from .least_loss import largest_ratio, ranks_from_losses
 from .methods import METHODS, OwnAllocation
 from .results import Choice, Profile
 from .scores import outlier_shares
+from .tied import tied_choice
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -40,6 +41,8 @@ def choose_ranks(
         assert isinstance(method, OwnAllocation)
         assert config.ratio is not None
         return method.choose(engine, config, config.ratio)
+    if config.profile != "full":
+        return tied_choice(engine, geometry, config, profile or engine.profile(config))
     if config.allocation == "sensitivity":
         return _by_sensitivity(geometry, config, profile or engine.profile(config))
     share = average(config, geometry)

@@ -64,6 +64,7 @@ def compress(
     max_perplexity_increase: Annotated[
         str | None, typer.Option(help=_help("max_perplexity_increase"), rich_help_panel=_WHAT)
     ] = None,
+    profile: Annotated[str, typer.Option(help=_help("profile"), rich_help_panel=_WHAT)] = _default("profile"),
     ratio_of: Annotated[str, typer.Option(help=_help("ratio_of"), rich_help_panel=_WHAT)] = _default("ratio_of"),
     modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     layers: Annotated[str, typer.Option(help=_help("layers"), rich_help_panel=_WHAT)] = _default("layers"),
@@ -169,7 +170,8 @@ def profile(**arguments: Any) -> None:
 _with_options_of_compress(
     profile,
     but=(
-        *("ratio", "target_parameters", "target_size", "max_perplexity_increase", "ratio_of", "layers", "align"),
+        *("ratio", "target_parameters", "target_size", "max_perplexity_increase", "profile", "ratio_of"),
+        *("layers", "align"),
         *("allocation", "temperature", "owl_threshold", "owl_reach", "statistics"),
         *("profile_from", "evaluate", "evaluation_samples"),
     ),
@@ -322,7 +324,7 @@ def export(
     Where the engine wants all heads or layers alike, zeros fill them up; how many is printed.
     """
     from .console import choose_progress, export_line, say
-    from .exports import export as carry_out
+    from .exports.export import export as carry_out
 
     facts = carry_out(
         model,

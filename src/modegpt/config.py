@@ -91,6 +91,12 @@ class CompressionConfig(BaseModel):
         description="Instead of --ratio: as much as is predicted to raise the perplexity by no more than this, e.g. "
         "10%. Needs the 'sensitivity' allocation.",
     )
+    profile: Literal["full", "gguf", "stock"] = Field(
+        "full",
+        description="What the compressed layers may look like: 'full', every module its own ranks; 'gguf', what a GGUF "
+        "file can hold without padding (all heads of one size, with the same rotary pairs; MLPs of multiples of 32 "
+        "channels); 'stock', a plain LlamaForCausalLM (the same, and MLPs of one width). See modegpt export.",
+    )
     ratio_of: Literal["blocks", "touched"] = Field(
         "blocks",
         description="What the ratio is of: 'blocks', all parameters of the decoder blocks, or 'touched', only what the "
@@ -197,6 +203,25 @@ class CompressionConfig(BaseModel):
             raise ValueError(
                 f"--max-perplexity-increase needs predictions; use --allocation sensitivity, not {self.allocation}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profile_with_predictions(self) -> Self:
+        if self.profile == "full":
+            return self
+        method, option = METHODS[self.method], f"--profile {self.profile}"
+        from_profile = getattr(self, "profile_from", None) is not None
+        if not method.tied:
+            usable = ", ".join(name for name, one in METHODS.items() if one.tied)
+            raise ValueError(f"{option} goes with --method {usable}, not {self.method}")
+        if self.allocation != "sensitivity" and not (from_profile and "allocation" not in self.model_fields_set):
+            raise ValueError(f"{option} needs predictions; use --allocation sensitivity, not {self.allocation}")
+        if self.statistics != "dense":
+            raise ValueError(f"{option} goes with --statistics dense")
+        if (self.layers, self.ratio_of, self.modules) != ("all", "blocks", method.modules):
+            raise ValueError(f"{option} makes all layers alike; leave out --layers, --ratio-of and --modules")
+        if self.max_perplexity_increase is not None:
+            raise ValueError(f"{option} goes with --ratio or a target size, not --max-perplexity-increase")
         return self
 
     @field_validator("method")

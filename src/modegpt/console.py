@@ -27,7 +27,7 @@ from .progress import Progress
 from .report import CompressionReport, RunFacts
 
 if TYPE_CHECKING:
-    from .exports import ExportFacts
+    from .exports.export import ExportFacts
 
 PHASES = {
     "text": "Reading text",

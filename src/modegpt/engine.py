@@ -179,7 +179,7 @@ class Engine:
 
     def compress(self, method: Method, choice: Choice, *, sequential: bool, seed: int = 0) -> Compression:
         """What ``method`` makes of the model, see :meth:`modegpt.methods.Method.compress`."""
-        thin, results = method.compress(self, choice, sequential=sequential, seed=seed)
+        thin, results = method.following(choice).compress(self, choice, sequential=sequential, seed=seed)
         return Compression(thin, results, choice)
 
     def finished(self) -> dict[int, LayerResult]:
@@ -219,7 +219,7 @@ class Engine:
                     self.progress.detail("reading the layer")
                     with self.dense.live(index) as layer:
                         statistics = (
-                            self._kept(index)
+                            self.kept_statistics(index)
                             if kept
                             else self.calibrate(index, layer, hidden, method.statistics, keep=needed and through_dense)
                         )
@@ -289,7 +289,7 @@ class Engine:
             raise NumericalError(f"layer {index}: NaN or infinite activations inside the layer")
         return statistics
 
-    def _kept(self, index: int) -> LayerStatistics:
+    def kept_statistics(self, index: int) -> LayerStatistics:
         """The statistics of layer ``index`` that the first worker has kept."""
         self.progress.detail("reading the statistics")
         own = self.kept.tensors(index) if self.workers.first else None

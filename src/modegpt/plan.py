@@ -39,6 +39,7 @@ from .profile import PROBE_LENGTH, PROBE_STEP, PROBE_TOKENS, parts_of, probe_win
 from .rates import Rates, measured_rates
 from .runner import HEAD_POSITIONS
 from .sources import ModelSource, empty_model
+from .tied import check_tied
 
 #: Allowance for what PyTorch's kernels and the allocator hold besides tensors.
 OVERHEAD_BYTES = 100_000_000
@@ -158,6 +159,8 @@ def make_plan(
     config = with_ratio(config, model, dtype.itemsize)
     method = METHODS[config.method].from_config(config)
     method.check(model, model_geometry(model, method.geometry), config, _ratio(config))
+    if config.profile != "full":
+        check_tied(model.config)
     plan = predict(config, shape)
     if timed:  # after the memory: measuring takes some itself
         rates = measured_rates(config, model, dtype, kept=1 - _ratio(config))

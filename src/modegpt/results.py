@@ -57,6 +57,8 @@ class Choice:
     """What every module is predicted to cost in nats per token, where the allocation knew."""
     ratio: float | None = None
     """The share of the decoder blocks' parameters that was to be removed, where it was not given but chosen."""
+    pairs: list[int] | None = None
+    """The rotary pairs that every head keeps, where all have to keep the same."""
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,8 @@ class Method(ABC):
     """What it can be used with; ``own`` is for an :class:`OwnAllocation`."""
     statistics: ClassVar[frozenset[Statistic]]
     """What the solvers read."""
+    tied: ClassVar[bool] = False
+    """Whether all heads can be made to keep the same rotary pairs, see :mod:`modegpt.tied`."""
     one_pass: ClassVar[bool] = False
     """Whether one pass over the dense layers is all that choosing and compressing take together."""
 
@@ -130,6 +132,10 @@ class Method(ABC):
     def from_config(cls, config: CompressionConfig) -> Self:
         """The method with those of the run's options that concern it: none where not said otherwise."""
         return cls()
+
+    def following(self, choice: Choice) -> Self:
+        """The method with what ``choice`` decides besides ranks: nothing where not said otherwise."""
+        return self
 
     @abstractmethod
     def solvers(self) -> Mapping[Module, Solver]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import Self
 
 from .. import costs
 from ..budget import Module
@@ -30,6 +33,9 @@ from ..statistics import BLOCK_ROWS, LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 from .base import ChannelMethod, Ladder, Method, Ridged, Solution, rising
 
+if TYPE_CHECKING:
+    from ..results import Choice
+
 #: Of the logits' features, in units of each one's variance.
 LOGIT_RIDGE = 1e-2
 #: What the ridge takes a channel's energy to be at least, in units of the mean: one with weights of zero has none.
@@ -47,7 +53,17 @@ class Greedy(Ridged, ChannelMethod):
     summary = "channels and rotary pairs go one by one, those that stay are re-fitted; values as heads put them out"
     allocation = "sensitivity"
     default_ridge = 1e-2
+    tied = True
     statistics = frozenset({"mlp", "mlp_rows", "query", "key", "logits", "head_outputs"})
+
+    def __init__(self, ridge: float, pairs: Sequence[int] | None = None) -> None:
+        """With one list of rotary ``pairs`` for all heads, where they have to keep the same."""
+        super().__init__(ridge)
+        self._pairs = pairs
+
+    def following(self, choice: Choice) -> Self:
+        """With the pairs that all heads keep."""
+        return type(self)(self.ridge, choice.pairs)
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
         """Of the elimination, the fit at one rank and the second fit of its inputs, what is most."""
@@ -119,7 +135,9 @@ class Greedy(Ridged, ChannelMethod):
 
         def at(rank: int) -> Solution[QueryKeyWeights]:
             choices = [(units, ladder.kept(rank))]
-            if rank < full:
+            if rank < full and self._pairs is not None:  # units are pairs, of which all heads have all
+                choices = [(units, torch.tensor(self._pairs, device=features.device).expand(len(features), -1))]
+            elif rank < full:
                 scores = channel_scores(statistics["query"], statistics["key"]).square()
                 papers = weights.units(scores)
                 choices.append((papers, top_indices(papers.scores(scores), rank)))
