@@ -177,7 +177,7 @@ def test_layers_of_several_widths_are_another_architecture(small: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--format onnxx", "--format 'onnxx': use one of gguf, stock"),
+        ("--format onnxx", "--format 'onnxx': use one of gguf, stock, onnx"),
         ("--format gguf --type q3", "--type 'q3': use one of f32, f16, bf16, q8_0"),
         ("--format stock --type q8_0", "--type q8_0 goes with --format gguf"),
     ],

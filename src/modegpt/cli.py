@@ -306,7 +306,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="'gguf', a file for llama.cpp, or 'stock', a LlamaForCausalLM that needs no code of modegpt's.",
+            help="'gguf', a file for llama.cpp; 'stock', a LlamaForCausalLM that needs no code of modegpt's; 'onnx', a "
+            "graph for ONNX Runtime.",
         ),
     ],
     type: Annotated[

@@ -135,11 +135,13 @@ def plan_line(plan: Plan) -> str:
 
 def export_line(facts: ExportFacts) -> str:
     """What an export has become, in one line."""
-    narrow, wide = (f"{width:,}" for width in facts.widths)
+    line, plain = f"Exported: {facts.parameters:,} parameters", facts.plain
+    if plain is None:
+        return line
+    narrow, wide = (f"{width:,}" for width in (min(plain.widths), max(plain.widths)))
     return (
-        f"Exported: {facts.parameters:,} parameters as {facts.exported:,} "
-        f"({facts.exported / facts.parameters - 1:+.1%}), heads of {facts.head} channels, "
-        f"MLPs of {narrow if narrow == wide else f'{narrow} to {wide}'}, the same model up to {facts.context:,} tokens"
+        f"{line} as {facts.exported:,} ({facts.exported / facts.parameters - 1:+.1%}), heads of {plain.head} channels, "
+        f"MLPs of {narrow if narrow == wide else f'{narrow} to {wide}'}, the same model up to {plain.context:,} tokens"
     )
 
 

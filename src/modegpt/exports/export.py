@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..address import open_model
 from ..errors import InvalidRequest
@@ -15,10 +15,11 @@ from ..files import existing_parent
 from ..progress import Progress
 from .gguf_file import TYPES, write_gguf
 from .gguf_tokenizer import tokenizer_fields
-from .plain import PlainDecoder, check_plain
+from .onnx import check_onnx, write_onnx
+from .plain import PlainDecoder, PlainShape, check_plain
 from .stock import stock_model
 
-FORMATS = ("gguf", "stock")
+FORMATS = ("gguf", "stock", "onnx")
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,8 @@ class ExportFacts:
     """Of the model itself."""
     exported: int
     """With the zeros that the format asks for."""
-    head: int
-    """Channels of a head of queries, keys and values."""
-    widths: tuple[int, int]
-    """Channels of the narrowest and the widest MLP."""
-    context: int
-    """Tokens up to which it is the same model."""
+    plain: PlainShape | None = None
+    """What its layers have become, where they had to become alike."""
 
 
 def export(
@@ -51,24 +48,37 @@ def export(
     """Write the model at ``address``, dense or compressed, for the ``target`` engines into ``output``.
 
     ``gguf``: one file with the tokenizer, matrices of one ``kind`` of :data:`TYPES`; ``pre_tokenizer`` is llama.cpp's
-    name for how text is split, where it cannot be told. ``stock``: a directory with a plain ``LlamaForCausalLM``. Both
-    compute what the model does; where their rules ask for more channels, these are zeros. Raises
-    :class:`InvalidRequest` before any weight is read for what cannot be written.
+    name for how text is split, where it cannot be told. ``stock``: a directory with a plain ``LlamaForCausalLM``.
+    ``onnx``: a directory with a graph, of any family. All compute what the model does; where the first two's rules ask
+    for more channels, these are zeros. Raises :class:`InvalidRequest` before any weight is read for what cannot be
+    written.
     """
     progress = progress or Progress()
     _check(output, target, kind)
     tokenizer, config, open_it = open_model(address, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
-    check_plain(config)
+    if target == "onnx":
+        check_onnx()
+    else:
+        check_plain(config)
     fields = tokenizer_fields(tokenizer, config.vocab_size, pre_tokenizer) if target == "gguf" else None
     with progress.phase("load"):
         model = open_it()
     with progress.phase("export"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        if fields is None:
-            return _write_stock(model, tokenizer, output)
+        own = sum(parameter.numel() for parameter in model.parameters())
+        if target == "onnx":
+            with _directory(output) as staging:
+                write_onnx(staging, model)
+                tokenizer.save_pretrained(staging)
+            return ExportFacts(own, own)
         plain = PlainDecoder(model)
-        exported = write_gguf(output, plain, kind, fields, Path(address).name)
-        return _facts(model, plain, exported)
+        if fields is not None:
+            return ExportFacts(own, write_gguf(output, plain, kind, fields, Path(address).name), plain.shape)
+        stock = stock_model(plain)
+        with _directory(output) as staging:
+            stock.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        return ExportFacts(own, sum(parameter.numel() for parameter in stock.parameters()), plain.shape)
 
 
 def _check(output: Path, target: str, kind: str) -> None:
@@ -84,21 +94,13 @@ def _check(output: Path, target: str, kind: str) -> None:
         raise InvalidRequest(f"--output {str(output)!r}: {str(existing_parent(output))!r} is a file")
 
 
-def _write_stock(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path) -> ExportFacts:
-    plain = PlainDecoder(model)
-    stock = stock_model(plain)
+@contextmanager
+def _directory(output: Path) -> Iterator[Path]:
+    """A directory that becomes ``output`` when all is written."""
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.incomplete-", dir=output.parent))
     try:
-        stock.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        yield work
         work.chmod(0o755)
         work.rename(output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return _facts(model, plain, sum(parameter.numel() for parameter in stock.parameters()))
-
-
-def _facts(model: PreTrainedModel, plain: PlainDecoder, exported: int) -> ExportFacts:
-    shape = plain.shape
-    own = sum(parameter.numel() for parameter in model.parameters())
-    return ExportFacts(own, exported, shape.head, (min(shape.widths), max(shape.widths)), shape.context)
