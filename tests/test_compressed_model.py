@@ -23,6 +23,7 @@ from modegpt.engine import Engine
 from modegpt.layered import resident
 from modegpt.methods import ModeGPT
 from modegpt.modeling import CompactAttention
+from modegpt.modeling.modeling_sizes import LayerSizes
 from modegpt.results import Choice
 
 RANKS = [LayerRanks(mlp=30, qk=3, vo=4), LayerRanks(mlp=20, qk=2, vo=7), LayerRanks(mlp=48, qk=4, vo=8)]
@@ -102,13 +103,24 @@ def test_config_keeps_the_dense_values_and_gives_widths_per_layer(saved: Path) -
     config = json.loads((saved / "config.json").read_text())
     assert config["model_type"] == "modegpt_llama"
     assert (config["head_dim"], config["intermediate_size"]) == (8, 48)
-    assert config["per_layer_config"]["1"] == {
-        "head_dim": 7,
-        "intermediate_size": 20,
-        "qk_head_dim": 4,
-        "v_head_dim": 7,
-    }
+    assert config["per_layer_config"]["1"] == {"intermediate_size": 20, "qk_head_dim": 4, "v_head_dim": 7}
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+@pytest.mark.parametrize(
+    ("widths", "dense", "served"),
+    [
+        ((20, 30), 64, 32),
+        ((34, 58), 64, 64),
+        ((66, 20), 128, 80),
+        ((40, 44), 48, 48),
+        ((6, 7), 8, 8),
+        ((257, 3), 320, 320),
+    ],
+)
+def test_kernels_and_engines_get_a_head_size_that_they_have(widths: tuple[int, int], dense: int, served: int) -> None:
+    sizes = LayerSizes(16, *widths)
+    assert sizes.head_dim(dense) == sizes.to_config(dense)["head_dim"] == served
 
 
 def test_loads_without_modegpt_installed(saved: Path, tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,30 +10,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import modegpt
 from helpers import narrow_llama, run_cli
+from llama_cpp import LLAMA_CPP, llama_cpp, next_token
 from modegpt.address import open_model
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp (the package xllamacpp) is not installed")
-
-#: Shows in the names of the tests.
-ENGINE = pytest.mark.parametrize("engine", [f"xllamacpp-{xllamacpp.__version__}"])
 PROMPTS = ("the model keeps the head of", "a decoder  layer\nreads 12 tokens", "Ünïcode is text, too: \N{SNOWMAN}!")
-
-
-@contextmanager
-def llama_cpp(path: Path) -> Iterator[Any]:
-    """llama.cpp with the model in ``path``, all in float32 that the file does not say otherwise."""
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 256, 1, 1
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    yield xllamacpp.Server(parameters)
-
-
-def next_token(server: Any, prompt: str | list[int]) -> dict[int, float]:
-    """The log-probabilities of the five likeliest next tokens; none where the first begins a character."""
-    request = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "n_probs": 5, "ignore_eos": True}
-    logprobs = server.handle_completions(request)["choices"][0]["logprobs"]
-    return {one["id"]: one["logprob"] for one in logprobs["content"][0]["top_logprobs"]} if logprobs else {}
 
 
 def assert_next(found: dict[int, float], model: PreTrainedModel, ids: list[int]) -> int:
@@ -50,7 +27,7 @@ def assert_next(found: dict[int, float], model: PreTrainedModel, ids: list[int])
     return token
 
 
-@ENGINE
+@LLAMA_CPP
 @pytest.mark.parametrize("what", ["dense", "compressed", "narrow heads"])
 def test_llama_cpp_goes_on_as_transformers_does(
     what: str, engine: str, tiny_checkpoint: Path, text_file: Path, tmp_path: Path

@@ -16,6 +16,9 @@ import modegpt
 from modegpt.budget import LayerRanks
 from modegpt.data import first_windows, random_windows, split_held_out, tokenize
 from modegpt.engine import Engine
+from modegpt.exports.gguf_file import write_gguf
+from modegpt.exports.gguf_tokenizer import tokenizer_fields
+from modegpt.exports.plain import PlainDecoder
 from modegpt.layered import resident
 from modegpt.methods import ModeGPT
 from modegpt.results import Choice
@@ -113,3 +116,30 @@ def test_full_ranks_leave_the_real_model_unchanged(
         ).model
     with torch.no_grad():
         torch.testing.assert_close(full(windows.ids).logits, dense(windows.ids).logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "off"), [("f16", 0.05), ("q8_0", 0.3)])
+def test_llama_cpp_runs_it(
+    compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, kind: str, off: float
+) -> None:
+    """Here, so that the other tests run without the engine."""
+    from llama_cpp import answer, llama_cpp, next_token
+
+    path, fields = tmp_path / "model.gguf", tokenizer_fields(tokenizer, compressed.config.vocab_size)
+    write_gguf(path, PlainDecoder(compressed), kind, fields, "SmolLM2")
+    messages = [{"role": "user", "content": "Name a statement of the language that repeats others."}]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    with llama_cpp(path) as server, torch.no_grad():
+        for prompt in ("The with statement", "A function\ndefinition is", "In  Python 3, the"):
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            logprobs = compressed(ids).logits[0, -1].log_softmax(-1)
+            found = next_token(server, prompt)
+            assert found == pytest.approx({token: float(logprobs[token]) for token in found}, abs=off)
+            if kind == "f16":
+                wanted = tokenizer.decode(compressed.generate(ids, **options)[0, ids.shape[1] :])
+                request = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+                assert server.handle_completions(request)["choices"][0]["text"] == wanted
+        if kind == "f16":
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+            wanted = compressed.generate(ids, **options)[0, ids.shape[1] :]
+            assert answer(server, messages, 12) == tokenizer.decode(wanted, skip_special_tokens=True)

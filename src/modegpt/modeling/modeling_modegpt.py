@@ -63,7 +63,7 @@ class CompactAttention(nn.Module):
             self.sliding_window = getattr(config, family.sliding_window)
         self.softcap: float | None = getattr(config, family.softcap) if family.softcap else None
         self.output_dropout: float = getattr(config, family.output_dropout) if family.output_dropout else 0.0
-        self.qk_head_dim, self.v_head_dim, self.head_dim = sizes.qk_head_dim, sizes.v_head_dim, sizes.head_dim
+        self.qk_head_dim, self.v_head_dim = sizes.qk_head_dim, sizes.v_head_dim
 
         dense_counts = head_counts(config)
         self.num_key_value_groups = dense_counts[0] // dense_counts[1]
@@ -72,6 +72,7 @@ class CompactAttention(nn.Module):
         maps = [getattr(dense, name) for name in family.input_maps]
         query, key, value, output = maps[0], maps[len(maps) // 2], maps[-1], getattr(dense, family.output)
         self.rope_head_dim = features(output)[0] // dense_counts[0]
+        self.head_dim = sizes.head_dim(self.rope_head_dim)
         # A value bias goes through to the output.
         biased = sizes.output_biases or output.bias is not None or value.bias is not None
         hidden = features(query)[0]
@@ -90,8 +91,9 @@ class CompactAttention(nn.Module):
         )
         self.angles = family.angles
         self.rotary_pairs: torch.Tensor | None
-        # Integers survive a cast of the model to bfloat16; frequencies would not.
-        pairs = _first_pairs(groups, self.qk_head_dim // 2, self.q_proj.weight.device)
+        # Integers survive a cast of the model to bfloat16; frequencies would not. Not on the weights' device: some
+        # engines build these on the meta device, and buffers on a real one.
+        pairs = _first_pairs(groups, self.qk_head_dim // 2)
         self.register_buffer("rotary_pairs", None if family.rotary is None else pairs)
 
     def forward(
@@ -178,8 +180,8 @@ def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def _first_pairs(groups: int, pairs: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(pairs, device=device).repeat(groups, 1)
+def _first_pairs(groups: int, pairs: int) -> torch.Tensor:
+    return torch.arange(pairs).repeat(groups, 1)
 
 
 def features(linear: Any) -> tuple[int, int]:
@@ -314,7 +316,7 @@ class CompactModel:
             module.reset()
         if isinstance(module, CompactAttention) and module.rotary_pairs is not None:
             groups, pairs = module.rotary_pairs.shape
-            init.copy_(module.rotary_pairs, _first_pairs(groups, pairs, module.rotary_pairs.device))
+            init.copy_(module.rotary_pairs, _first_pairs(groups, pairs).to(module.rotary_pairs.device))
 
 
 def compressed_classes(family: Family, module: str, *, by_config: bool = False) -> tuple[Any, Any, Any]:

@@ -11,6 +11,9 @@ from transformers import PreTrainedConfig
 
 from .modeling_description import head_counts
 
+#: Head sizes that attention kernels and serving engines have.
+SERVED = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
 
 @dataclass(frozen=True)
 class LayerSizes:
@@ -29,13 +32,13 @@ class LayerSizes:
     stream_width: int | None = None
     """Directions of the residual stream that the layer reads, see ``modeling_slices.py``; given for all or none."""
 
-    @property
-    def head_dim(self) -> int:
-        """The one head size a kernel or serving engine needs when it cannot take two."""
-        return max(self.qk_head_dim, self.v_head_dim)
+    def head_dim(self, dense: int) -> int:
+        """The one head size for kernels and engines that cannot take two: one they have, or the ``dense`` model's."""
+        widest = max(self.qk_head_dim, self.v_head_dim)
+        return min((size for size in (*SERVED, dense) if size >= widest), default=dense)
 
-    def to_config(self) -> dict[str, Any]:
-        """The entry of ``per_layer_config`` for this layer."""
+    def to_config(self, dense: int) -> dict[str, Any]:
+        """The entry of ``per_layer_config`` for this layer of a model whose ``dense`` heads have so many channels."""
         optional = {
             "kv_heads": self.kv_heads,
             "output_biases": self.output_biases or None,
@@ -44,7 +47,7 @@ class LayerSizes:
         }
         return {
             "intermediate_size": self.intermediate_size,
-            "head_dim": self.head_dim,
+            "head_dim": self.head_dim(dense),
             "qk_head_dim": self.qk_head_dim,
             "v_head_dim": self.v_head_dim,
             **{name: value for name, value in optional.items() if value is not None},
