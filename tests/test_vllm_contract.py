@@ -1,0 +1,111 @@
+"""What vLLM's Transformers backend relies on, checked without vLLM; ``make test-vllm`` runs the real one."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import modegpt
+from family_table import BY_NAME
+from helpers import token_windows
+from modegpt.modeling import CompactAttention
+
+NAMES = ("llama-gqa", "mistral-window", "qwen2", "qwen3", "phi3", "olmo2", "starcoder2", "mixtral")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def small(request: pytest.FixtureRequest) -> PreTrainedModel:
+    model = BY_NAME[request.param].build()
+    return modegpt.compress(model, calibration=token_windows(8, 16), ratio=0.3, method="modegpt")
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters go to the meta device when they are registered, buffers stay where they were made."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def test_the_class_says_that_it_can(small: PreTrainedModel) -> None:
+    assert type(small).is_backend_compatible()
+    assert type(AutoModel.from_config(small.config)).is_backend_compatible()
+
+
+def test_attention_is_looked_up_by_name_once_in_its_forward() -> None:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CompactAttention.forward)))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ALL_ATTENTION_FUNCTIONS.get_interface"
+    ]
+    assert [ast.unparse(call.args[0]) for call in calls] == ["self.config._attn_implementation"]
+
+
+def test_modules_have_a_number_and_a_scale(small: PreTrainedModel) -> None:
+    attention = [module for module in small.modules() if isinstance(module, CompactAttention)]
+    assert [module.layer_idx for module in attention] == list(range(len(attention)))
+    assert all(type(module.scaling) is float for module in attention)
+
+
+def test_the_base_model_is_found_by_the_checkpoint(small: PreTrainedModel, tmp_path: Path) -> None:
+    modegpt.save(small, tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    base = AutoModel.from_config(config)
+    assert config.auto_map["AutoModel"].endswith(f".{type(base).__name__}")
+    assert {name: x.shape for name, x in base.state_dict().items()} == {
+        name: x.shape for name, x in small.base_model.state_dict().items()
+    }
+
+
+def test_buffers_are_real_where_parameters_are_built_on_meta(small: PreTrainedModel) -> None:
+    with parameters_on_meta():
+        base = AutoModel.from_config(small.config)
+    assert all(parameter.is_meta for parameter in base.parameters())
+    assert not any(buffer.is_meta for buffer in base.buffers())
+
+
+def test_an_attention_function_gets_one_head_size_that_the_config_names(small: PreTrainedModel) -> None:
+    """As an engine's own function sees it: q, k and v of the layer's ``head_dim``, contiguous values."""
+    seen = {}
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        seen[module.layer_idx] = {x.shape[-1] for x in (query, key, value)}
+        assert value.is_contiguous()
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
+
+    ids = token_windows(2, 12).ids
+    with torch.no_grad():
+        expected = small(ids, use_cache=False).logits
+    before = small.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register("an-engine", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("an-engine", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    try:
+        small.set_attn_implementation("an-engine")
+        with torch.no_grad():
+            found = small(ids, use_cache=False).logits
+    finally:
+        small.set_attn_implementation(before)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert seen == {index: {layer.head_dim} for index, layer in enumerate(small.config.per_layer_config)}
