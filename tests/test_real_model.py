@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -118,28 +119,33 @@ def test_full_ranks_leave_the_real_model_unchanged(
         torch.testing.assert_close(full(windows.ids).logits, dense(windows.ids).logits, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "off"), [("f16", 0.05), ("q8_0", 0.3)])
+@pytest.mark.parametrize(("kind", "off"), [("f16", 0.02), ("q8_0", 0.3)])
 def test_llama_cpp_runs_it(
     compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, kind: str, off: float
 ) -> None:
-    """Here, so that the other tests run without the engine."""
+    """Log-probabilities differ by ``off`` in the mean: with q8_0 the engine rounds inputs of maps to 8 bits as well."""
+    # Here, so that the other tests run without the engine.
     from llama_cpp import answer, llama_cpp, next_token
 
     path, fields = tmp_path / "model.gguf", tokenizer_fields(tokenizer, compressed.config.vocab_size)
     write_gguf(path, PlainDecoder(compressed), kind, fields, "SmolLM2")
+    plain_text = partial(tokenizer.decode, skip_special_tokens=True)
     messages = [{"role": "user", "content": "Name a statement of the language that repeats others."}]
-    options = {"max_new_tokens": 12, "do_sample": False}
+    options, differences = {"max_new_tokens": 12, "do_sample": False}, []
     with llama_cpp(path) as server, torch.no_grad():
         for prompt in ("The with statement", "A function\ndefinition is", "In  Python 3, the"):
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
             logprobs = compressed(ids).logits[0, -1].log_softmax(-1)
-            found = next_token(server, prompt)
-            assert found == pytest.approx({token: float(logprobs[token]) for token in found}, abs=off)
+            differences += [
+                abs(logprob - float(logprobs[token])) for token, logprob in next_token(server, prompt).items()
+            ]
             if kind == "f16":
-                wanted = tokenizer.decode(compressed.generate(ids, **options)[0, ids.shape[1] :])
+                wanted = compressed.generate(ids, **options)[0, ids.shape[1] :]
                 request = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
-                assert server.handle_completions(request)["choices"][0]["text"] == wanted
+                assert server.handle_completions(request)["choices"][0]["text"] == plain_text(wanted)
         if kind == "f16":
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
             wanted = compressed.generate(ids, **options)[0, ids.shape[1] :]
-            assert answer(server, messages, 12) == tokenizer.decode(wanted, skip_special_tokens=True)
+            assert answer(server, messages, 12) == plain_text(wanted)
+    assert len(differences) == 15
+    assert sum(differences) / 15 < off

@@ -119,15 +119,18 @@ def _interleaved(x: torch.Tensor, head: int) -> torch.Tensor:
     return interleaved
 
 
+def stored_as(kind: str, tensor: torch.Tensor, *, embeds: bool) -> str:
+    """Which of :data:`TYPES` a ``tensor`` has in a file of one ``kind``; ``embeds``: of the embeddings or the head."""
+    if tensor.dim() < 2:
+        return "f32"
+    if kind in _BLOCKED and tensor.shape[-1] % BLOCK:
+        return "f16"
+    return "q8_0" if kind in _BLOCKED and embeds else kind
+
+
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: str) -> None:
     data: Any = tensor.to("cpu", torch.float32).contiguous().numpy()
-    chosen = kind
-    if tensor.dim() < 2:
-        chosen = "f32"
-    elif kind in _BLOCKED and tensor.shape[-1] % BLOCK:
-        chosen = "f16"
-    elif kind in _BLOCKED and name.startswith(("token_embd", "output.")):
-        chosen = "q8_0"
+    chosen = stored_as(kind, tensor, embeds=name.startswith(("token_embd", "output.")))
     if chosen == "f32":
         writer.add_tensor(name, data)
     elif chosen == "f16":

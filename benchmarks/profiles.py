@@ -1,0 +1,88 @@
+r"""What it costs to keep to the layer shapes of other engines: the profiles full, gguf and stock at the same ratios.
+
+    python benchmarks/profiles.py --train TRAIN.txt.gz --test TEST.txt.gz --texts ptb=PTB_TEST.txt.gz --checkpoints DIR
+
+All by the default method from one profile of the model; texts, windows and model are those of ``quality.py``. Beside
+each perplexity are the parameters of the checkpoint and what it has once written for other engines, with the zeros that
+their formats ask for. The checkpoints, that other benchmarks take, are written into DIR. Writes
+``results/profiles.json`` and ``results/profiles.md`` after every row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+import modegpt
+from benchmark_texts import command_of, parser_of_texts, perplexities, prepared
+from modegpt.config import CompressionConfig
+from modegpt.engine import Engine
+from modegpt.exports.gguf_file import BLOCK
+from modegpt.exports.plain import PlainDecoder
+from modegpt.exports.stock import stock_model
+from modegpt.layered import resident
+from modegpt.report import build_report
+from modegpt.sources import ModelSource
+from results_file import RESULTS, header, table, write
+
+PROFILES = ("full", "gguf", "stock")
+
+
+def main() -> None:
+    """Measure every row and write the results file."""
+    parser = parser_of_texts(__doc__, RESULTS / "profiles.json")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--checkpoints", type=Path, required=True)
+    arguments = parser.parse_args()
+    given, tokenizer = prepared(arguments), ModelSource(arguments.model).tokenizer()
+
+    results: dict[str, Any] = header(parser, arguments, vars(arguments))
+    results["command"] = command_of(arguments, "benchmarks/profiles.py", given.calibration) + " --checkpoints DIR"
+    results |= {"calibration": given.calibration.model_dump(), "seed": 0, "rows": []}
+    results["tokens_sha256"] = {name: windows.sha256() for name, windows in given.texts.items()}
+    results["dense"] = {"perplexity": perplexities(given.model, given.texts), **sizes(given.model)}
+    engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
+    with engine.active():
+        for ratio, profile in itertools.product(arguments.ratios, PROFILES):
+            config = CompressionConfig.validated(ratio=ratio, method="greedy", profile=profile)
+            compression = engine.run(config)
+            row = {"profile": profile, "ratio": ratio, **sizes(compression.model)}
+            row |= {"perplexity": perplexities(compression.model, given.texts)}
+            report = build_report(given.model, compression, config, given.calibration, command=results["command"])
+            directory = arguments.checkpoints / f"{profile}-{round(100 * ratio)}"
+            modegpt.save(compression.model, directory, tokenizer=tokenizer, report=report, overwrite=True)
+            results["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            write(results, arguments.output, text_of(results))
+
+
+def sizes(model: PreTrainedModel) -> dict[str, int]:
+    """The parameters of ``model``, as it is and once written for other engines."""
+    stock = stock_model(plain := PlainDecoder(model))
+    widths = [math.ceil(width / BLOCK) * BLOCK for width in plain.shape.widths]
+    layers = [plain.layer(index, width=width) for index, width in enumerate(widths)]
+    gguf = sum(tensor.numel() for tensors in [plain.rest(), *layers] for tensor in tensors.values())
+    return {"parameters": model.num_parameters(), "gguf": gguf, "stock": stock.num_parameters()}
+
+
+def text_of(results: dict[str, Any]) -> str:
+    """The table, the dense model first."""
+    names = list(results["dense"]["perplexity"])
+    lines = []
+    for row in [results["dense"], *results["rows"]]:
+        removed = [row["profile"], f"{row['ratio']:.0%}"] if "profile" in row else ["dense", ""]
+        counts = [f"{row[kind] / 1e6:.2f}" for kind in ("parameters", "gguf", "stock")]
+        lines.append([*removed, *(f"{row['perplexity'][name]:.2f}" for name in names), *counts])
+    text = f"Perplexity, calibrated on {results['calibration']['source']}, and parameters in millions: of the "
+    text += "checkpoint, of its GGUF file, of the plain Llama.\n\n"
+    columns = ["profile", "removed of the blocks", *names, "checkpoint", "as gguf", "as stock"]
+    return text + table(columns, lines)
+
+
+if __name__ == "__main__":
+    main()
