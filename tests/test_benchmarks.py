@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from helpers import compress_arguments, random_text, run_cli
+from helpers import random_text
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows, first_windows, read_text, tokenize
 from modegpt.engine import compress_model
@@ -42,11 +42,6 @@ def quality(load: Any) -> ModuleType:
 @pytest.fixture
 def texts(load: Any) -> ModuleType:
     return load("benchmark_texts")
-
-
-@pytest.fixture
-def zero_shot(load: Any) -> ModuleType:
-    return load("zero_shot")
 
 
 @pytest.fixture(scope="module")
@@ -263,121 +258,6 @@ def test_a_mixture_calibrates_as_on_the_command_line(
     assert torch.equal(windows.ids, expected.ids)
     assert probe is not None
     assert facts.mixture == {text_file.name: 6, other_text_file.name: 2}
-
-
-# Zero-shot
-
-
-def test_log_likelihoods_are_those_of_each_pair_alone(
-    zero_shot: ModuleType, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(zero_shot, "BATCH_TOKENS", 40)
-    prompts = [random_text(1, seed=seed)[:length] for seed, length in enumerate((10, 20, 21, 40, 60))]
-    pairs = [(prompt, ending) for prompt in prompts for ending in (" a", " the", " model keeps", " channel of values")]
-    found = zero_shot.log_likelihoods(model, tokenizer, pairs)
-    for (prompt, ending), value in zip(pairs, found, strict=True):
-        ids = tokenizer(prompt + ending, return_tensors="pt").input_ids
-        start = len(tokenizer(prompt).input_ids)
-        with torch.no_grad():
-            scores = model(input_ids=ids).logits[0].log_softmax(-1)
-        expected = sum(float(scores[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
-        assert value == pytest.approx(expected, abs=1e-3)
-
-
-def test_each_input_is_read_once_and_batches_keep_to_their_size(
-    zero_shot: ModuleType, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Endings of one token share what is read before them."""
-    monkeypatch.setattr(zero_shot, "BATCH_TOKENS", 64)
-    shapes = []
-    forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda **inputs: (shapes.append(inputs["input_ids"].shape), forward(**inputs))[1]
-    )
-    prompts = [random_text(1, seed=seed) for seed in range(6)]
-    assert len(tokenizer(" a").input_ids) == len(tokenizer(" of").input_ids)
-    zero_shot.log_likelihoods(model, tokenizer, [(prompt, ending) for prompt in prompts for ending in (" a", " of")])
-    assert sum(shape[0] for shape in shapes) == len(prompts)
-    assert all(shape[0] == 1 or shape.numel() <= 64 for shape in shapes)
-
-
-def test_accuracy_by_log_likelihood_and_by_character(zero_shot: ModuleType) -> None:
-    items = [zero_shot.Item.of("?", ["ab", "abcdefgh"], 1), zero_shot.Item.of("?", ["a", "b", "c"], 2)]
-    # First: -3 beats -4, but -4 / 8 beats -3 / 2. Second: the last.
-    found = zero_shot.accuracy(items, [-3.0, -4.0, -3.0, -2.0, -1.0])
-    assert (found["acc"], found["acc_norm"], found["items"]) == (0.5, 1.0, 2)
-    assert found["acc_stderr"] == pytest.approx(0.35355)
-
-
-ROWS: dict[str, dict[str, Any]] = {
-    "arc_easy": {
-        "question": {"stem": "What?", "choices": [{"text": "x", "label": "1"}, {"text": "y", "label": "2"}]},
-        "answerKey": "2",
-    },
-    "piqa": {"goal": "Do it", "sol1": "so", "sol2": "or so", "label": 1},
-    "winogrande": {"sentence": "Ann and Bo: _ won.", "option1": "Ann", "option2": "Bo", "answer": "2"},
-    "hellaswag": {"ctx": "[header] How to [title] Go [step] A dog", "endings": ["[substeps] runs", "sits"], "label": 1},
-    "boolq": {"question": "is it", "passage": "It -- is.", "label": True},
-    "openbookqa": {"question_stem": "The sun is", "choices": ["hot", "cold", "wet", "old"], "answerKey": "B"},
-    "copa": {
-        "premise": "It rained.",
-        "choice1": "We dried.",
-        "choice2": "We got wet.",
-        "question": "effect",
-        "label": 1,
-    },
-}
-PAIRS: dict[str, list[tuple[str, str]]] = {
-    "arc_easy": [("Question: What?\nAnswer:", " x"), ("Question: What?\nAnswer:", " y")],
-    "piqa": [("Question: Do it\nAnswer:", " so"), ("Question: Do it\nAnswer:", " or so")],
-    "winogrande": [("Ann and Bo: Ann", " won."), ("Ann and Bo: Bo", " won.")],
-    "hellaswag": [(" How to. Go A dog", "  runs"), (" How to. Go A dog", " sits")],
-    "boolq": [("It -- is.\nQuestion: is it?\nAnswer:", " no"), ("It -- is.\nQuestion: is it?\nAnswer:", " yes")],
-    "openbookqa": [("The sun is", f" {word}") for word in ("hot", "cold", "wet", "old")],
-    "copa": [("It rained therefore", " we dried."), ("It rained therefore", " we got wet.")],
-}
-
-
-@pytest.mark.parametrize("task", ROWS)
-def test_prompts_and_endings(zero_shot: ModuleType, task: str) -> None:
-    item = zero_shot.TASKS[task][0](ROWS[task])
-    assert list(item.choices) == PAIRS[task]
-    assert item.right == 1
-
-
-def test_a_context_in_two_parts(zero_shot: ModuleType) -> None:
-    row = {"ctx_a": "A man sits.", "ctx_b": "he", "ctx": "", "activity_label": "Sitting", "endings": ["a", "b"]}
-    assert zero_shot.hellaswag(row | {"label": 0}).choices[0] == ("Sitting: A man sits. He", " a")
-
-
-def test_the_first_items_of_the_first_file_of_a_task(zero_shot: ModuleType, tmp_path: Path) -> None:
-    rows = [ROWS["piqa"] | {"goal": str(number)} for number in range(5)]
-    (tmp_path / "piqa_val.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    (tmp_path / "piqa_zzz.jsonl").write_text("")
-    prompts = [item.choices[0][0] for item in zero_shot.read_items(tmp_path, "piqa", 3)]
-    assert prompts == [f"Question: {number}\nAnswer:" for number in range(3)]
-    assert len(zero_shot.read_items(tmp_path, "piqa", None)) == 5
-    assert zero_shot.read_items(tmp_path, "copa", None) == []
-
-
-def test_dense_and_compressed_models_stand_side_by_side(
-    zero_shot: ModuleType, tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, small = tmp_path / "data", tmp_path / "small"
-    data.mkdir()
-    for task in ("arc_easy", "copa"):
-        (data / f"{task}.jsonl").write_text("\n".join([json.dumps(ROWS[task])] * 3))
-    assert run_cli(*compress_arguments(tiny_checkpoint, small, text_file, "--evaluate", "none", "--quiet")).code == 0
-    command = ["zero_shot.py", str(data), "--dense", str(tiny_checkpoint), "--compressed", str(small)]
-    monkeypatch.setattr(sys, "argv", [*command, "--limit", "2", "--output", str(tmp_path / "zero_shot.json")])
-    zero_shot.main()
-    results = json.loads((tmp_path / "zero_shot.json").read_text())
-    assert [row["model"] for row in results["rows"]] == [tiny_checkpoint.name, "small"]
-    assert [row["tasks"]["copa"]["items"] for row in results["rows"]] == [2, 2]
-    table = (tmp_path / "zero_shot.md").read_text()
-    values = [f"{100 * row['tasks']['arc_easy']['acc_norm']:.1f}" for row in results["rows"]]
-    assert f"| arc_easy | acc_norm | 2 | {' | '.join(values)} |" in table
-    assert str(tmp_path) not in table + json.dumps(results)
 
 
 # Gains

@@ -245,39 +245,95 @@ _with_options_of_compress(plan, output={"default": Path("compressed")})
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Compressed checkpoints, or any MODEL that `compress` takes; the others are compared with the first.",
+            metavar="MODEL...",
+        ),
+    ],
     perplexity: Annotated[
-        str, typer.Option(help=f"Text: {', '.join(HUB_DATASETS)} (their test parts), or a text file.")
-    ] = "wikitext2",
-    samples: Annotated[int | None, typer.Option(help="Windows from the start of the text; all by default.")] = None,
+        str | None,
+        typer.Option(
+            help=f"Texts: {', '.join(HUB_DATASETS)} (their test parts), or text files, separated by commas. "
+            "wikitext2 where no --tasks are given."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Windows from the start of a text; all by default.")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Windows run at once.")] = 1,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Windows begin every so many tokens, and only tokens that no window before had count. By default they "
+            "follow one another."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa,... (needs lm-eval)."),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(help="Directory with the tasks' data, TASK_SPLIT.jsonl or .jsonl.gz, in place of the hub's."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions from the start of each task; all by default.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Answered examples before each question; by default what the task says.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, run at once.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write all numbers into this .json file.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the perplexity of a dense or compressed model.
+    """Measure dense or compressed models, side by side: perplexity on texts, accuracy on tasks.
 
-    exp of the mean negative log-likelihood over consecutive windows, without special tokens.
+    Perplexity is exp of the mean negative log-likelihood over windows, without special tokens. Accuracies and their
+    standard errors are those of lm-evaluation-harness.
+
+    Example: **modegpt evaluate HuggingFaceTB/SmolLM2-135M small --tasks arc_easy,piqa --perplexity wikitext2,ptb**
     """
-    from .address import evaluate_perplexity
-    from .console import choose_progress, say
+    arguments = dict(locals())
+    from .comparison import ResultsFile, Texts, compare, split_names
+    from .comparison_tables import print_scores
+    from .console import choose_progress
+    from .tasks import Tasks
 
-    progress = choose_progress(Console(stderr=True), quiet)
-    value, windows = evaluate_perplexity(
-        model,
-        perplexity,
-        samples=samples,
-        sequence_length=sequence_length,
+    _goes_with("--perplexity", tasks is None or perplexity is not None, {"samples": samples, "stride": stride})
+    _goes_with("--tasks", tasks is not None, {"task-data": task_data, "limit": limit, "num-fewshot": num_fewshot})
+    texts = asked = file = None
+    if tasks is None or perplexity is not None:
+        windows = {"samples": samples, "sequence_length": sequence_length, "stride": stride}
+        texts = Texts.parse("wikitext2" if perplexity is None else perplexity, **windows)
+    if tasks is not None:
+        asked = Tasks(split_names(tasks, "--tasks"), task_data, limit, num_fewshot)
+    if output is not None:
+        settings = {name: value for name, value in arguments.items() if name not in ("models", "output", "quiet")}
+        file = ResultsFile(output, shlex.join(["modegpt", *sys.argv[1:]]), settings)
+    scores = compare(
+        models,
+        texts,
+        asked,
         batch_size=batch_size,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        progress=progress,
+        progress=choose_progress(Console(stderr=True), quiet),
+        finished=file.write if file else None,
     )
-    details = f"{len(windows)} windows of {windows.ids.shape[1]} tokens"
-    say(Console(), f"perplexity {value:.4f} on {perplexity} ({details})")
+    print_scores(Console(), scores)
+
+
+def _goes_with(needed: str, given: bool, options: dict[str, Any]) -> None:
+    """Refuse ``options`` that say something of what is not measured."""
+    from .errors import InvalidRequest
+
+    for name, value in options.items():
+        if value is not None and not given:
+            raise InvalidRequest(f"--{name} {value}: goes with {needed}, which is not given")
 
 
 @app.command()

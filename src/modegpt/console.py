@@ -37,6 +37,8 @@ PHASES = {
     "profile": "Profiling layers",
     "compress": "Compressing layers",
     "evaluate": "Measuring perplexity",
+    "tasks": "Reading tasks",
+    "answers": "Answering tasks",
     "export": "Writing the model",
 }
 

@@ -157,10 +157,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def first_windows(ids: torch.Tensor, count: int, length: int, *, what: str) -> TokenWindows:
-    """The first ``count`` consecutive windows of ``length`` tokens; refuses when there are too few tokens."""
-    _require(len(ids), count * length, f"{what}: {count} windows of {length} tokens")
-    return TokenWindows(ids[: count * length].view(count, length))
+def first_windows(ids: torch.Tensor, count: int, length: int, stride: int | None = None, *, what: str) -> TokenWindows:
+    """The first ``count`` windows of ``length`` tokens; refuses when there are too few tokens.
+
+    Each begins ``stride`` tokens after the one before; without, where that one ends.
+    """
+    stride = stride or length
+    needed = (count - 1) * stride + length
+    _require(len(ids), needed, f"{what}: {count} windows of {length} tokens")
+    return TokenWindows(ids[:needed].unfold(0, length, stride))
 
 
 def random_windows(

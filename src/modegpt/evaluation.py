@@ -71,19 +71,30 @@ class Predictions:
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, windows: TokenWindows, batch_size: int = 1, progress: Progress | None = None
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+    stride: int | None = None,
 ) -> float:
     """Exp of the mean negative log-likelihood of every predicted real token; each window starts without context.
 
+    Where windows begin every ``stride`` tokens, only the last ``stride`` tokens of each count, and all of the first.
     ``progress`` advances once for every batch.
     """
+    length = windows.ids.shape[1]
+    new = slice(max(0, length - (stride or length) - 1), None)  # what is predicted for the first time is predicted here
     loss = Loss()
     training = model.training
     model.eval()
-    for batch in windows.batches(batch_size):
+    for number, batch in enumerate(windows.batches(batch_size)):
         ids = batch.ids.to(model.device)
         mask = None if batch.mask is None else batch.mask.to(model.device)
-        loss.add(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, batch)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        loss.add(logits[:, new], batch, new)
+        if number == 0 and new.start:
+            old = slice(0, new.start)
+            loss.add(logits[:1, old], next(iter(batch.batches(1))), old)
         if progress is not None:
             progress.advance()
     model.train(training)

@@ -1,0 +1,85 @@
+"""What ``evaluate`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .comparison import ModelScores, TextScore
+from .console import say
+from .tasks import TaskScore, degradation, mean
+
+
+def print_scores(console: Console, scores: Sequence[ModelScores]) -> None:
+    """One model on one text is a line, all else is a table."""
+    texts = scores[0].texts
+    if len(scores) == len(texts) == 1:
+        (name, score), *_ = texts.items()
+        say(console, f"perplexity {score.perplexity:.4f} on {name} ({_windows(score)})")
+    elif texts:
+        console.print(text_table(scores))
+    if scores[0].tasks:
+        console.print(task_table(scores))
+
+
+def text_table(scores: Sequence[ModelScores]) -> Table:
+    """A row for every text, a column for every model."""
+    table = _table("Perplexity", ("text", ""), scores)
+    for name, score in scores[0].texts.items():
+        found = [one.texts[name].perplexity for one in scores]
+        shown = [f"{value:.3f}" if value < 1e4 else f"{value:.1e}" for value in found]
+        table.add_row(escape(name), _windows(score), *shown)
+    return table
+
+
+def task_table(scores: Sequence[ModelScores]) -> Table:
+    """A row for every task, with standard errors, their mean, and what of it each model lost over the first."""
+    table = _table("Accuracy in percent, with standard errors", ("task", "metric", "items"), scores)
+    first = scores[0].tasks
+    for name, score in first.items():
+        table.add_row(escape(name), score.shown, f"{score.items:,}", *(_accuracy(one.tasks[name]) for one in scores))
+    means = [mean(one.tasks) for one in scores]
+    if len(first) > 1 and any(means):
+        table.add_section()
+        table.add_row("mean", "", "", *("" if found is None else _percent(*found) for found in means))
+    lost = [degradation(one.tasks, first) for one in scores[1:]]
+    if any(value is not None for value in lost):
+        shown = ["" if value is None else f"{value:.1%}" for value in lost]
+        table.add_row("relative degradation", "", "", "", *shown)
+    return table
+
+
+def _table(title: str, heads: Sequence[str], scores: Sequence[ModelScores]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for head in heads:
+        table.add_column(head, justify="right" if head == "items" else "left")
+    for name in model_names([one.model for one in scores]):
+        table.add_column(escape(name), justify="right")
+    return table
+
+
+def model_names(addresses: Sequence[str]) -> list[str]:
+    """The last part of every address, or all of it where that is not enough to tell them apart."""
+    short = [Path(address).name for address in addresses]
+    return short if len(set(short)) == len(short) else list(addresses)
+
+
+def _windows(score: TextScore) -> str:
+    strided = "" if score.stride is None else f", one every {score.stride}"
+    return f"{score.windows} windows of {score.sequence_length} tokens{strided}"
+
+
+def _accuracy(score: TaskScore) -> str:
+    value, error = score.metrics[score.shown], score.errors[score.shown]
+    if score.is_accuracy:
+        return _percent(value, error)
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _percent(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
