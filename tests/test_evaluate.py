@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,7 @@ def test_the_table_has_all_models_their_means_and_what_was_lost(
     assert [one["mean"]["accuracy"] for one in found["models"]] == pytest.approx(means)
     assert found["models"][1]["mean"]["degradation"] == pytest.approx(1 - means[1] / means[0])
     assert lines["relative"][-1] == f"{1 - means[1] / means[0]:.1%}"
-    assert found["versions"]["lm_eval"]
+    assert found["harness"] == f"lm_eval {version('lm_eval')}"
     assert found["seeds"]["fewshot_random_seed"] == 1234
     assert found["command"].startswith("modegpt evaluate ")
 

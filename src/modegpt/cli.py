@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.console import Console
 from .config import ProfileConfig, RunConfig
 from .data import HUB_DATASETS
 from .mixture import DEFAULT as CALIBRATION
+
+if TYPE_CHECKING:
+    from .results_file import ResultsFile
 
 app = typer.Typer(
     name="modegpt",
@@ -297,22 +300,20 @@ def evaluate(
     Example: **modegpt evaluate HuggingFaceTB/SmolLM2-135M small --tasks arc_easy,piqa --perplexity wikitext2,ptb**
     """
     arguments = dict(locals())
-    from .comparison import ResultsFile, Texts, compare, split_names
+    from .comparison import Texts, compare, facts_of, split_names
     from .comparison_tables import print_scores
     from .console import choose_progress
     from .tasks import Tasks
 
     _goes_with("--perplexity", tasks is None or perplexity is not None, {"samples": samples, "stride": stride})
     _goes_with("--tasks", tasks is not None, {"task-data": task_data, "limit": limit, "num-fewshot": num_fewshot})
-    texts = asked = file = None
+    texts = asked = None
     if tasks is None or perplexity is not None:
         windows = {"samples": samples, "sequence_length": sequence_length, "stride": stride}
         texts = Texts.parse("wikitext2" if perplexity is None else perplexity, **windows)
     if tasks is not None:
         asked = Tasks(split_names(tasks, "--tasks"), task_data, limit, num_fewshot)
-    if output is not None:
-        settings = {name: value for name, value in arguments.items() if name not in ("models", "output", "quiet")}
-        file = ResultsFile(output, shlex.join(["modegpt", *sys.argv[1:]]), settings)
+    file = _results_file(output, arguments)
     scores = compare(
         models,
         texts,
@@ -322,9 +323,17 @@ def evaluate(
         device=device,
         trust_remote_code=trust_remote_code,
         progress=choose_progress(Console(stderr=True), quiet),
-        finished=file.write if file else None,
+        finished=(lambda found: file.write(facts_of(found))) if file else None,
     )
     print_scores(Console(), scores)
+
+
+def _results_file(output: Path | None, arguments: dict[str, Any]) -> ResultsFile | None:
+    """The file that ``output`` names, with the ``arguments`` of the command."""
+    from .results_file import ResultsFile
+
+    settings = {name: value for name, value in arguments.items() if name not in ("models", "output", "quiet")}
+    return None if output is None else ResultsFile(output, shlex.join(["modegpt", *sys.argv[1:]]), settings)
 
 
 def _goes_with(needed: str, given: bool, options: dict[str, Any]) -> None:
@@ -334,6 +343,64 @@ def _goes_with(needed: str, given: bool, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value is not None and not given:
             raise InvalidRequest(f"--{name} {value}: goes with {needed}, which is not given")
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Compressed checkpoints, or any MODEL that `compress` takes; the others are compared with the first.",
+            metavar="MODEL...",
+        ),
+    ],
+    batch_sizes: Annotated[str, typer.Option(help="Numbers of sequences, separated by commas.")] = "1,8",
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that follow the first one, one by one.")] = 32,
+    repeats: Annotated[int, typer.Option(help="How often each model is measured, in turn with the others.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Processor threads; by default PyTorch's choice.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write all numbers into this .json file.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast dense and compressed models are, side by side in one process.
+
+    Prompts and greedy continuations of random tokens, each model in turn; ratios to the first model are taken within a
+    repeat.
+
+    Example: **modegpt bench HuggingFaceTB/SmolLM2-135M small --batch-sizes 1,8 --threads 2**
+    """
+    arguments = dict(locals())
+    import torch
+
+    from .bench import Load, facts_of, measure
+    from .comparison_tables import print_speeds
+    from .console import choose_progress
+    from .errors import InvalidRequest
+
+    if not all(size.strip().isdecimal() for size in batch_sizes.split(",")):
+        raise InvalidRequest(f"--batch-sizes {batch_sizes!r}: give whole numbers separated by commas")
+    load = Load([int(size) for size in batch_sizes.split(",")], sequence_length, new_tokens, repeats)
+    file = _results_file(output, arguments)
+    if threads is not None:
+        if threads < 1:
+            raise InvalidRequest(f"--threads {threads}: must be at least 1")
+        torch.set_num_threads(threads)
+    speeds = measure(
+        models,
+        load,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=choose_progress(Console(stderr=True), quiet),
+    )
+    if file is not None:
+        file.write(facts_of(speeds, load))
+    print_speeds(Console(), speeds, load)
 
 
 @app.command()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,9 +14,7 @@ from .address import open_model
 from .data import TokenWindows, check_length, check_source, first_windows, read_text, tokenize
 from .errors import InvalidRequest
 from .evaluation import perplexity
-from .files import replace_file, storing
 from .progress import Progress
-from .report import versions
 from .tasks import SEEDS, LoadedTasks, Tasks, TaskScore, degradation, harness_version, mean
 
 
@@ -91,6 +87,16 @@ class ModelScores:
             facts["mean"] = {"accuracy": average[0], "error": average[1]}
             facts["mean"]["degradation"] = degradation(self.tasks, first.tasks)
         return facts
+
+
+def facts_of(scores: Sequence[ModelScores]) -> dict[str, Any]:
+    """All ``scores`` for a results file, with the seeds and the version of what asks tasks."""
+    asked = any(one.tasks for one in scores)
+    return {
+        "seeds": SEEDS if asked else {},
+        "harness": harness_version() if asked else None,
+        "models": [one.facts(scores[0]) for one in scores],
+    }
 
 
 def split_names(names: str, option: str) -> list[str]:
@@ -166,36 +172,3 @@ class _Model:
         return ModelScores(
             self.address, texts, {} if tasks is None else tasks.scores(model, self.tokenizer, batch_size, progress)
         )
-
-
-@dataclass(frozen=True)
-class ResultsFile:
-    """A JSON file with the ``command`` and its ``settings``, the versions, the seeds and the scores of all models.
-
-    Raises :class:`InvalidRequest` where it cannot be one.
-    """
-
-    path: Path
-    command: str
-    settings: Mapping[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.path.suffix != ".json" or self.path.is_dir():
-            raise InvalidRequest(f"--output {str(self.path)!r}: name a .json file")
-        if not self.path.resolve().parent.is_dir():
-            raise InvalidRequest(f"--output {str(self.path)!r}: its directory does not exist; make it first")
-
-    def write(self, scores: Sequence[ModelScores]) -> None:
-        """Write it, with these ``scores``; raises :class:`StorageError` where that fails."""
-        facts = {
-            "command": self.command,
-            "versions": versions() | (harness_version() if scores[0].tasks else {}),
-            "settings": self.settings,
-            "seeds": SEEDS if scores[0].tasks else {},
-            "models": [one.facts(scores[0]) for one in scores],
-        }
-        with storing(f"--output {self.path}"):
-            replace_file(
-                self.path,
-                lambda file: file.write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8"),
-            )

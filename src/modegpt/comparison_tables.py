@@ -1,4 +1,4 @@
-"""What ``evaluate`` prints."""
+"""What ``evaluate`` and ``bench`` print."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .bench import PERCENTILES, Load, Ratio, Speed, Timing
 from .comparison import ModelScores, TextScore
-from .console import say
+from .console import gigabytes, megabytes, say
 from .tasks import TaskScore, degradation, mean
 
 
@@ -52,6 +53,50 @@ def task_table(scores: Sequence[ModelScores]) -> Table:
         shown = ["" if value is None else f"{value:.1%}" for value in lost]
         table.add_row("relative degradation", "", "", "", *shown)
     return table
+
+
+def print_speeds(console: Console, speeds: Sequence[Speed], load: Load) -> None:
+    """What the models are, and how fast, with ratios to the first."""
+    names = model_names([speed.model for speed in speeds])
+    table = Table(title="Size", title_justify="left", box=SIMPLE_HEAD)
+    for head in ("model", "parameters", "weights", "multiplications per token"):
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for name, speed in zip(names, speeds, strict=True):
+        count = f"{speed.parameters / 1e6:,.1f} M"
+        table.add_row(escape(name), count, _bytes(speed.weight_bytes), f"{speed.macs_per_token / 1e6:,.1f} M")
+    console.print(table)
+    table = Table(title=_load(load), title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("sequences", justify="right")
+    table.add_column("model")
+    latencies = [f"p{percent}" for percent in PERCENTILES]
+    for head in ("prompt tokens/s", "ratio", "new tokens/s", "ratio", "first, ms", *latencies, "cache", "peak"):
+        table.add_column(head, justify="right")
+    for place in range(len(load.batch_sizes)):
+        for name, speed in zip(names, speeds, strict=True):
+            own, first = speed.timings[place], speeds[0].timings[place]
+            table.add_row(str(own.batch_size), escape(name), *_speed_cells(own, first, load))
+        table.add_section()
+    console.print(table)
+
+
+def _load(load: Load) -> str:
+    return (
+        f"Prompts of {load.sequence_length} tokens, then {load.new_tokens} one by one; medians of {load.repeats} "
+        "repeats, latencies of one token in ms"
+    )
+
+
+def _speed_cells(own: Timing, first: Timing, load: Load) -> list[str]:
+    prompt, further = own.speeds(load)
+    ratios = [Ratio.of(own.prefill, first.prefill), Ratio.of(own.decode, first.decode)]
+    shown = [f"{ratio.median:.2f} ({ratio.least:.2f} to {ratio.greatest:.2f})" for ratio in ratios]
+    latencies = [f"{1000 * seconds:.1f}" for seconds in (own.first_token, *own.latencies())]
+    memory = [_bytes(own.cache_bytes), _bytes(own.peak_bytes)]
+    return [f"{prompt:,.0f}", shown[0], f"{further:,.1f}", shown[1], *latencies, *memory]
+
+
+def _bytes(count: float) -> str:
+    return gigabytes(count) if count >= 1e9 else megabytes(count)
 
 
 def _table(title: str, heads: Sequence[str], scores: Sequence[ModelScores]) -> Table:

@@ -40,6 +40,7 @@ PHASES = {
     "tasks": "Reading tasks",
     "answers": "Answering tasks",
     "export": "Writing the model",
+    "bench": "Measuring speed",
 }
 
 

@@ -32,9 +32,9 @@ BOOTSTRAP = 1000
 _AT_ONCE = 256
 
 
-def harness_version() -> dict[str, str]:
+def harness_version() -> str:
     """That of lm-evaluation-harness."""
-    return {"lm_eval": version("lm_eval")}
+    return f"lm_eval {version('lm_eval')}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,290 @@
+"""Speed of models side by side in one process: prompts, single tokens, memory, arithmetic.
+
+Every repeat measures each model in turn, so that what slows the machine down for a while slows all of them down, and
+ratios are taken within a repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from .address import open_model
+from .data import check_length
+from .errors import InvalidRequest
+from .progress import Progress
+
+#: Of the latencies of single tokens.
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of every model: prompts of random tokens, and tokens that follow one by one, greedily.
+
+    Raises :class:`InvalidRequest` for what cannot be.
+    """
+
+    batch_sizes: Sequence[int] = (1, 8)
+    sequence_length: int = 256
+    new_tokens: int = 32
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        least = {
+            "batch-sizes": (min(self.batch_sizes, default=0), 1),
+            "sequence-length": (self.sequence_length, 1),
+            "new-tokens": (self.new_tokens, 1),
+            "repeats": (self.repeats, 1),
+        }
+        for option, (value, smallest) in least.items():
+            if value < smallest:
+                raise InvalidRequest(f"--{option} {value}: must be at least {smallest}")
+
+    @property
+    def positions(self) -> int:
+        """Tokens of a sequence in all."""
+        return self.sequence_length + self.new_tokens
+
+
+@dataclass
+class Timing:
+    """Seconds of one model with sequences of one number, a value for every repeat."""
+
+    batch_size: int
+    prefill: list[float] = field(default_factory=list)
+    """Until the first token."""
+    steps: list[list[float]] = field(default_factory=list)
+    """Of every further token."""
+    cache_bytes: int = 0
+    """Of the keys and values at the end."""
+    peak_bytes: int = 0
+    """Weights, cache and everything else that was allocated at once."""
+
+    @property
+    def decode(self) -> list[float]:
+        """All further tokens together."""
+        return [sum(steps) for steps in self.steps]
+
+    @property
+    def first_token(self) -> float:
+        """Seconds to the first token."""
+        return statistics.median(self.prefill)
+
+    def speeds(self, load: Load) -> tuple[float, float]:
+        """Tokens of prompts, and new ones, in a second."""
+        prompt, further = self.batch_size * load.sequence_length, self.batch_size * load.new_tokens
+        return prompt / self.first_token, further / statistics.median(self.decode)
+
+    def latencies(self) -> list[float]:
+        """Seconds within which so many percent of single tokens came: :data:`PERCENTILES`."""
+        every = sorted(second for steps in self.steps for second in steps)
+        return [every[min(len(every) - 1, len(every) * percent // 100)] for percent in PERCENTILES]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one model does with a load."""
+
+    model: str
+    parameters: int
+    weight_bytes: int
+    macs_per_token: float
+    """Multiplications of matrix products and attention for each token of a prompt."""
+    device: torch.device
+    timings: list[Timing]
+
+    def facts(self, load: Load, first: Speed) -> dict[str, Any]:
+        """For a results file, with ratios to the ``first`` model."""
+        rows = []
+        for own, other in zip(self.timings, first.timings, strict=True):
+            prompt, further = own.speeds(load)
+            rows.append(
+                {
+                    "batch_size": own.batch_size,
+                    "prefill_tokens_per_second": prompt,
+                    "prefill_ratio": Ratio.of(own.prefill, other.prefill).facts(),
+                    "decode_tokens_per_second": further,
+                    "decode_ratio": Ratio.of(own.decode, other.decode).facts(),
+                    "first_token_seconds": own.first_token,
+                    "token_seconds": dict(zip(map(str, PERCENTILES), own.latencies(), strict=True)),
+                    "cache_bytes": own.cache_bytes,
+                    "peak_bytes": own.peak_bytes,
+                    "seconds": {"prefill": own.prefill, "steps": own.steps},
+                }
+            )
+        names = ("model", "parameters", "weight_bytes", "macs_per_token")
+        return {name: getattr(self, name) for name in names} | {"rows": rows}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster than another: the median over repeats, the least and the greatest."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, own: Sequence[float], other: Sequence[float]) -> Ratio:
+        """From the seconds that both took, repeat by repeat."""
+        ratios = [theirs / ours for ours, theirs in zip(own, other, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+    def facts(self) -> list[float]:
+        """The three of them."""
+        return [self.median, self.least, self.greatest]
+
+
+def facts_of(speeds: Sequence[Speed], load: Load) -> dict[str, Any]:
+    """All ``speeds`` for a results file, with the machine."""
+    device = speeds[0].device
+    machine: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+    return {"machine": machine, "models": [speed.facts(load, speeds[0]) for speed in speeds]}
+
+
+def measure(
+    addresses: Sequence[str],
+    load: Load,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Speed]:
+    """The speed of every model; all are checked before the first is loaded, and all are in memory at once.
+
+    Raises :class:`InvalidRequest` for models that cannot be opened or take no sequences of this length.
+    """
+    progress = progress or Progress()
+    opened = [open_model(one, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for one in addresses]
+    configs: list[PreTrainedConfig] = [config for _, config, _ in opened]
+    for config in configs:
+        check_length(load.positions, config)
+    with progress.phase("load", len(opened)):
+        models: list[PreTrainedModel] = []
+        for _, _, open_it in opened:
+            models.append(open_it().eval())
+            progress.advance()
+    timings: list[list[Timing]] = [[] for _ in models]
+    for batch_size in load.batch_sizes:
+        ids = _prompts(configs, batch_size, load.sequence_length)
+        with progress.phase("bench", load.repeats + 1):
+            progress.detail(f"batches of {batch_size}")
+            for own, timing in zip(timings, _in_turn(models, ids, load, progress), strict=True):
+                own.append(timing)
+    return [
+        Speed(
+            address,
+            model.num_parameters(),
+            weight_bytes(model),
+            macs_per_token(model, load.sequence_length),
+            model.device,
+            own,
+        )
+        for address, model, own in zip(addresses, models, timings, strict=True)
+    ]
+
+
+def _prompts(configs: Sequence[PreTrainedConfig], batch_size: int, length: int) -> torch.Tensor:
+    """The same random tokens for all models: (B, T)."""
+    vocabulary = min(config.get_text_config().vocab_size for config in configs)
+    return torch.randint(vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(0))
+
+
+def _in_turn(models: Sequence[PreTrainedModel], ids: torch.Tensor, load: Load, progress: Progress) -> list[Timing]:
+    timings = [Timing(len(ids)) for _ in models]
+    for model, timing in zip(models, timings, strict=True):  # not timed: warms up, and finds out about memory
+        _measure_memory(model, ids, load, timing)
+    progress.advance()
+    for _ in range(load.repeats):
+        for model, timing in zip(models, timings, strict=True):
+            seconds, _ = _run(model, ids, load.new_tokens)
+            timing.prefill.append(seconds[0])
+            timing.steps.append(seconds[1:])
+        progress.advance()
+    return timings
+
+
+@torch.inference_mode()
+def _run(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> tuple[list[float], DynamicCache]:
+    """The seconds to the first token and to each of ``new_tokens`` further ones, and the cache at the end."""
+    cache, following = DynamicCache(config=model.config), ids.to(model.device)
+    seconds = []
+    for _ in range(new_tokens + 1):
+        started = _now(model.device)
+        logits = model(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        following = logits[:, -1:].argmax(-1)
+        seconds.append(_now(model.device) - started)
+    return seconds, cache
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once ``device`` has done all that it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _measure_memory(model: PreTrainedModel, ids: torch.Tensor, load: Load, timing: Timing) -> None:
+    found: list[DynamicCache] = []
+    more = _peak_of(lambda: found.append(_run(model, ids, load.new_tokens)[1]), model.device)
+    timing.peak_bytes = weight_bytes(model) + more
+    for layer in found[0].layers:
+        for tensor in (getattr(layer, name, None) for name in ("keys", "values")):
+            timing.cache_bytes += 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _peak_of(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that ``work`` has at once."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_bytes())["traceEvents"]
+    return max((event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"), default=0)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """What the parameters take, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def macs_per_token(model: PreTrainedModel, length: int) -> float:
+    """Multiplications of matrix products for each token of a prompt of ``length``, logits included.
+
+    Attention counts as full products, though the causal half suffices.
+    """
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # fused kernels for CPUs are not counted
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.zeros(1, length, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        model.set_attn_implementation(own)
+    return float(counter.get_total_flops()) / 2 / length

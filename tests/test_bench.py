@@ -1,0 +1,125 @@
+"""``modegpt bench``: what is counted is counted right, and what is timed is put together right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import modegpt
+from helpers import compress_arguments, run_cli, tiny_llama, token_windows
+from modegpt.bench import Load, Ratio, Timing, macs_per_token, measure
+
+
+@pytest.fixture(scope="module")
+def small(tiny_checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bench") / "small"
+    assert (
+        run_cli(*compress_arguments(tiny_checkpoint, directory, text_file, "--evaluate", "none", "--quiet")).code == 0
+    )
+    return directory
+
+
+def attention_channels(model: PreTrainedModel) -> tuple[int, int]:
+    """Of all layers together, the channels of queries and of weighted values, and those of keys and values."""
+    maps = [
+        [layer.self_attn.get_submodule(name) for name in ("q_proj", "o_proj", "k_proj", "v_proj")]
+        for layer in model.model.layers
+    ]
+    queries = sum(q.out_features + o.in_features for q, o, _, _ in maps)
+    return queries, sum(k.out_features + v.out_features for _, _, k, v in maps)
+
+
+@pytest.mark.parametrize("kind", ["dense", "compressed"])
+def test_arithmetic_is_that_of_all_maps_and_of_attention(kind: str) -> None:
+    model: PreTrainedModel = tiny_llama()
+    if kind == "compressed":
+        model = modegpt.compress(model, ratio=0.3, calibration=token_windows(), method="modegpt")
+    maps = sum(map_.weight.numel() for map_ in model.modules() if isinstance(map_, nn.Linear))
+    assert macs_per_token(model, 24) == maps + 24 * attention_channels(model)[0]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_cache_and_weights_are_those_of_the_model(tiny_checkpoint: Path, small: Path) -> None:
+    load = Load(batch_sizes=[3], sequence_length=10, new_tokens=5, repeats=2)
+    for address, speed in zip((tiny_checkpoint, small), measure([str(tiny_checkpoint), str(small)], load), strict=True):
+        model = modegpt.load(address) if address == small else None
+        model = model or type(tiny_llama()).from_pretrained(address)
+        (timing,) = speed.timings
+        assert speed.parameters == model.num_parameters()
+        assert speed.weight_bytes == 4 * speed.parameters
+        assert timing.cache_bytes == 4 * 3 * 15 * attention_channels(model)[1]
+        logits = 4 * 3 * model.config.vocab_size
+        assert timing.peak_bytes > speed.weight_bytes + timing.cache_bytes + logits
+        assert len(timing.prefill) == len(timing.steps) == 2
+        assert [len(steps) for steps in timing.steps] == [5, 5]
+
+
+def test_models_take_turns(tiny_checkpoint: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def run(model: PreTrainedModel, ids: torch.Tensor, count: int) -> tuple[list[float], None]:
+        order.append(type(model).__name__)
+        return [1.0] * (count + 1), None
+
+    monkeypatch.setattr("modegpt.bench._run", run)
+    monkeypatch.setattr("modegpt.bench._measure_memory", lambda *_: None)
+    measure([str(tiny_checkpoint), str(small)], Load([1, 2], 4, 1, repeats=3))
+    assert order == [type(tiny_llama()).__name__, type(modegpt.load(small)).__name__] * 6
+
+
+def test_rates_ratios_and_percentiles_of_known_seconds() -> None:
+    load = Load([2], sequence_length=10, new_tokens=4, repeats=3)
+    own = Timing(2, prefill=[1.0, 2.0, 4.0], steps=[[1.0] * 4, [2.0] * 4, [3.0] * 4])
+    assert own.speeds(load) == (2 * 10 / 2.0, 2 * 4 / 8.0)
+    assert own.latencies() == [2.0, 3.0, 3.0]
+    assert Ratio.of(own.prefill, [2.0, 3.0, 4.0]) == Ratio(1.5, 1.0, 2.0)
+
+
+def test_the_command_prints_and_keeps_all_numbers(tiny_checkpoint: Path, small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    options = ("--batch-sizes", "1,4", "--sequence-length", 16, "--new-tokens", 3, "--repeats", 2, "--threads", 1)
+    outcome = run_cli("bench", tiny_checkpoint, small, *options, "--output", path)
+    assert outcome.code == 0, outcome.err
+    facts = json.loads(path.read_text())
+    assert [one["model"] for one in facts["models"]] == [str(tiny_checkpoint), str(small)]
+    assert facts["machine"]["threads"] == 1
+    assert facts["settings"]["new_tokens"] == 3
+    lines = [line.split() for line in outcome.out.splitlines()]
+    for one in facts["models"]:
+        assert [row["batch_size"] for row in one["rows"]] == [1, 4]
+        for row in one["rows"]:
+            name, count = Path(one["model"]).name, row["batch_size"]
+            shown = next(line for line in lines if line[:2] == [str(count), name])
+            median, least, greatest = row["prefill_ratio"]
+            assert shown[2] == f"{row['prefill_tokens_per_second']:,.0f}"
+            assert shown[3:7] == [f"{median:.2f}", f"({least:.2f}", "to", f"{greatest:.2f})"]
+            seconds = row["seconds"]["prefill"]
+            assert row["first_token_seconds"] == pytest.approx(sum(seconds) / 2)
+            others = next(other for other in facts["models"][0]["rows"] if other["batch_size"] == count)
+            ratios = [ours / own for ours, own in zip(others["seconds"]["prefill"], seconds, strict=True)]
+            assert row["prefill_ratio"] == pytest.approx([sum(ratios) / 2, min(ratios), max(ratios)])
+    assert facts["models"][0]["rows"][0]["decode_ratio"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--batch-sizes", "1,x"), "--batch-sizes '1,x': give whole numbers separated by commas"),
+        (("--batch-sizes", "0"), "--batch-sizes 0: must be at least 1"),
+        (("--repeats", 0), "--repeats 0: must be at least 1"),
+        (("--new-tokens", 0), "--new-tokens 0: must be at least 1"),
+        (("--threads", 0), "--threads 0: must be at least 1"),
+        (("--sequence-length", 120), "--sequence-length 152"),
+        (("--output", "speed.txt"), "--output 'speed.txt': name a .json file"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tiny_checkpoint: Path, options: tuple[object, ...], problem: str) -> None:
+    outcome = run_cli("bench", tiny_checkpoint, *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert problem in outcome.err
+    assert "Loading the model" not in outcome.err
