@@ -59,7 +59,7 @@ def average(config: CompressionConfig, geometry: Sequence[LayerGeometry]) -> flo
     """The share that the chosen modules of the chosen layers lose, see :func:`average_sparsity`, which may refuse."""
     assert config.ratio is not None
     chosen, base = _chosen(config, geometry), config.base(geometry)
-    return average_sparsity(chosen, config.modules, config.ratio, config.align, base)
+    return average_sparsity(chosen, config.modules, config.ratio, config.alignment, base)
 
 
 def _by_sensitivity(geometry: Sequence[LayerGeometry], config: CompressionConfig, profile: Profile) -> Choice:
@@ -69,8 +69,8 @@ def _by_sensitivity(geometry: Sequence[LayerGeometry], config: CompressionConfig
     if ratio is None:
         assert config.max_perplexity_increase is not None
         limit = math.log1p(config.max_perplexity_increase)
-        ratio = largest_ratio(layers, losses, limit, config.align, base, interplay)
-    ranks = ranks_from_losses(layers, losses, ratio, config.align, base, interplay)
+        ratio = largest_ratio(layers, losses, limit, config.alignment, base, interplay)
+    ranks = ranks_from_losses(layers, losses, ratio, config.alignment, base, interplay)
     removed = [
         {module: 1 - rank[module] / layer.modules[module].full for module in config.modules}
         for layer, rank in zip(layers, ranks, strict=True)
@@ -116,7 +116,7 @@ def _from_sparsity(
 ) -> Choice:
     """The choice by what the modules of the chosen layers lose."""
     return _everywhere(
-        geometry, config, ranks_from_sparsity(_chosen(config, geometry), sparsity, config.align), sparsity
+        geometry, config, ranks_from_sparsity(_chosen(config, geometry), sparsity, config.alignment), sparsity
     )
 
 

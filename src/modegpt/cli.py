@@ -71,7 +71,7 @@ def compress(
     ratio_of: Annotated[str, typer.Option(help=_help("ratio_of"), rich_help_panel=_WHAT)] = _default("ratio_of"),
     modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
     layers: Annotated[str, typer.Option(help=_help("layers"), rich_help_panel=_WHAT)] = _default("layers"),
-    align: Annotated[int, typer.Option(help=_help("align"), rich_help_panel=_WHAT)] = _default("align"),
+    align: Annotated[str, typer.Option(help=_help("align"), rich_help_panel=_WHAT)] = str(_default("align")),
     method: Annotated[str | None, _or_of_profile("method", _HOW)] = None,
     allocation: Annotated[str | None, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = None,
     temperature: Annotated[str, typer.Option(help=_help("temperature"), rich_help_panel=_HOW)] = "auto",
@@ -199,7 +199,7 @@ _with_options_of_compress(
 def curve(
     directory: Annotated[Path, typer.Argument(help="What `profile` wrote.", metavar="PROFILE")],
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this image file (.png, .svg, .pdf).")] = None,
-    align: Annotated[int, typer.Option(help=_help("align"), min=1)] = _default("align"),
+    align: Annotated[int, typer.Option(help="Round ranks to multiples of this many channels.", min=1)] = 1,
 ) -> None:
     """Predict perplexity against size from a profile, and mark the knee.
 

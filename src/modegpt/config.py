@@ -143,8 +143,10 @@ class CompressionConfig(BaseModel):
         + ", ".join(f"'{m.calibrated}' for '{name}'" for name, m in METHODS.items())
         + ".",
     )
-    align: Annotated[int, Field(ge=1)] = Field(
-        1, description="Round ranks to multiples of this many channels; 8 to 64 can suit a GPU's kernels better."
+    align: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="Round ranks to multiples of this many channels; 8 to 64 can suit a GPU's kernels better. 'auto' "
+        "takes what the layers' products are fastest by on this device, by a measurement of seconds.",
     )
     ridge: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
         default_factory=_of_method(lambda method: method.default_ridge),
@@ -162,6 +164,11 @@ class CompressionConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] = Field(
         1, description="Windows run at once; more needs more memory and changes results only by rounding."
     )
+
+    @property
+    def alignment(self) -> int:
+        """``align``, the least where it is still to be measured."""
+        return 1 if self.align == "auto" else self.align
 
     @field_validator("target_parameters", mode="before")
     @classmethod
@@ -194,6 +201,10 @@ class CompressionConfig(BaseModel):
             raise ValueError(
                 f"--method {self.method} chooses among all layers itself; leave out --layers and --ratio-of"
             )
+        if self.align == "auto" and (self.target_parameters or self.target_size):
+            raise ValueError(f"--align auto goes with --ratio, not {_option(given[0])}; give a number")
+        if self.align == "auto" and not {"mlp", "qk", "vo"} & set(self.modules):
+            raise ValueError(f"--align auto: no channels are removed from {','.join(self.modules)}; leave it out")
         if self.ratio is None and self.ratio_of != "blocks":
             raise ValueError(f"--ratio-of {self.ratio_of} goes with --ratio, not {_option(given[0])}")
         # A profile's own allocation, where no other is asked for.

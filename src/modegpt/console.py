@@ -198,6 +198,8 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
         megabytes(size.compressed),
         f"{size.removed:.2%}",
     )
+    if report.alignment is not None:
+        table.add_row("Ranks are multiples of (measured)", "", str(report.alignment.chosen), "")
     if report.perplexity and report.evaluation:
         measured = {report.evaluation.source: report.perplexity, **(report.perplexities or {})}
         for text, pair in measured.items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .activations import Activations, DiskActivations
+from .alignment import USUAL_RATIO, Alignment, measure_alignments, widths_of
 from .budget import LayerGeometry, LayerRanks, Module, staying, whole
 from .choosing import choose_ranks
 from .config import CompressionConfig
@@ -51,6 +52,8 @@ class Compression:
     thin: LayeredModel
     layers: list[LayerResult]
     choice: Choice
+    alignment: Alignment | None = None
+    """Where it was measured."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -134,9 +137,25 @@ class Engine:
 
     def run(self, config: CompressionConfig) -> Compression:
         """Everything that ``config`` asks for."""
+        alignment = self.fastest_alignment(config) if config.align == "auto" else None
+        if alignment is not None:
+            config = config.model_copy(update={"align": alignment.chosen})
         choice = self.choose_ranks(config)
         method = METHODS[config.method].from_config(config)
-        return self.compress(method, choice, sequential=config.statistics == "sequential", seed=config.seed)
+        result = self.compress(method, choice, sequential=config.statistics == "sequential", seed=config.seed)
+        return replace(result, alignment=alignment)
+
+    def fastest_alignment(self, config: CompressionConfig) -> Alignment:
+        """What the products of the first chosen layer are fastest by, see :mod:`modegpt.alignment`."""
+        method, dense = METHODS[config.method].from_config(config), self.dense.model
+        index = config.chosen_layers(len(self.dense.layers))[0]
+        shape = self._heads(self.dense.layers[index])
+        widths = widths_of(self.geometry(method)[index], shape, dense.config.hidden_size, config.modules)
+        ratio, device = config.ratio or USUAL_RATIO, self.dense.device
+        rows = self.once("alignment", lambda: list(measure_alignments(widths, ratio, dense.dtype, device).items()))
+        found = Alignment.of(dict(rows))
+        self.progress.note(f"Ranks are rounded to multiples of {found.chosen} channels, which measured fastest")
+        return found
 
     def choose_ranks(
         self,

@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -120,6 +121,14 @@ class RunFacts(_Facts):
             return None
 
 
+class AlignmentFacts(_Facts):
+    """Which alignment of ranks was chosen, and by what."""
+
+    chosen: int
+    seconds: dict[int, list[float]]
+    """For each alignment, of products with a billion parameters: with one token and with many at once."""
+
+
 class CompressionReport(_Facts):
     """Everything needed to judge a compression and to repeat it."""
 
@@ -139,6 +148,8 @@ class CompressionReport(_Facts):
     parameters: Pair
     bytes: Pair
     temperature: float | None
+    alignment: AlignmentFacts | None = None
+    """Where the alignment of ranks was measured."""
     layers: list[LayerFacts] = Field(min_length=1)
 
     def write(self, directory: Path) -> None:
@@ -196,6 +207,7 @@ def build_report(
         parameters=Pair(dense=everything[0], compressed=everything[1]),
         bytes=Pair(dense=stored[0], compressed=stored[1]),
         temperature=_finite(result.choice.temperature),
+        alignment=None if result.alignment is None else AlignmentFacts(**asdict(result.alignment)),
         layers=_layer_facts(result.layers, result.choice),
     )
 

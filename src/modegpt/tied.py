@@ -66,7 +66,7 @@ def tied_choice(
     losses, interplay, heads = profile.losses(), profile.interplay(), _heads(engine, profile)
     by_pairs = heads.losses()
     best: tuple[float, int, list[LayerRanks]] | None = None
-    for pairs in _numbers(geometry[0], config.align):
+    for pairs in _numbers(geometry[0], config.alignment):
         ranks = _ranks(geometry, losses, config, pairs)
         if ranks is None:
             continue
@@ -116,10 +116,10 @@ def _ranks(
         return None
     try:
         if config.profile == "stock":
-            mlps = _equal(geometry, wanted, config.align)
+            mlps = _equal(geometry, wanted, config.alignment)
         else:
             only: Losses = [{"mlp": one["mlp"]} for one in losses]
-            step = math.lcm(config.align, _MLP_MULTIPLE)
+            step = math.lcm(config.alignment, _MLP_MULTIPLE)
             free = ranks_from_losses(geometry, only, config.ratio, step, replace(base, extra=base.extra - gone))
             mlps = [rank["mlp"] for rank in free]
     except InvalidRequest:  # out of reach with so many pairs

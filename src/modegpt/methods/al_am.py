@@ -30,7 +30,7 @@ def al_am(engine: Engine, method: Method, config: CompressionConfig, ratio: floa
     go until enough parameters are gone.
     """
     geometry = engine.geometry(method)
-    wanted = average_sparsity(geometry, config.modules, ratio, config.align) * sum(
+    wanted = average_sparsity(geometry, config.modules, ratio, config.alignment) * sum(
         layer.modules[module].parameters for layer in geometry for module in config.modules
     )
 
@@ -43,7 +43,7 @@ def al_am(engine: Engine, method: Method, config: CompressionConfig, ratio: floa
         {module: row[module] / layer.modules[module].full for module in config.modules}
         for row, layer in zip(gone, geometry, strict=True)
     ]
-    return Choice(ranks_from_sparsity(geometry, sparsity, config.align), sparsity)
+    return Choice(ranks_from_sparsity(geometry, sparsity, config.alignment), sparsity)
 
 
 def _standardised(

@@ -165,7 +165,7 @@ class Method(ABC):
     ) -> None:
         """Refuse, before any work, what cannot be done with ``model``, whose weights may be on the meta device."""
         chosen = [geometry[index] for index in config.chosen_layers(len(geometry))]
-        average_sparsity(chosen, config.modules, ratio, config.align, config.base(geometry))
+        average_sparsity(chosen, config.modules, ratio, config.alignment, config.base(geometry))
 
     def removal_passes(self, layers: int, ratio: float) -> tuple[float, float] | None:
         """What the own allocation runs of the probe windows: layers, and heads; None for one pass of all windows."""

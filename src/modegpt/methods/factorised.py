@@ -131,7 +131,7 @@ class Factorised(ChannelMethod):
     @classmethod
     def from_config(cls, config: CompressionConfig) -> Self:
         """With the ridge and alignment that ``config`` gives."""
-        return cls(config.ridge, config.align)
+        return cls(config.ridge, config.alignment)
 
     @abstractmethod
     def root(self, statistics: LayerStatistics, name: Statistic) -> torch.Tensor | None:
@@ -271,7 +271,7 @@ class JointRankK(SVD):
     @classmethod
     def from_config(cls, config: CompressionConfig) -> Self:
         """With the alignment, and whether only what has a partner is factorised."""
-        return cls(config.ridge, config.align, joint_only=config.joint_only)
+        return cls(config.ridge, config.alignment, joint_only=config.joint_only)
 
     def stacks(self, module: Module, shapes: Sequence[MapShape]) -> list[Stack]:
         """All input maps of the MLP are one stack, as are queries and keys."""

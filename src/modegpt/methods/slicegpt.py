@@ -101,7 +101,7 @@ class SliceGPT(Method, OwnAllocation):
         self, model: PreTrainedModel, geometry: Sequence[LayerGeometry], config: CompressionConfig, ratio: float
     ) -> None:
         """Refuse a ratio that no width comes near, and models whose stream enters elsewhere than in the layers."""
-        fitting_width(geometry, ratio, config.align)
+        fitting_width(geometry, ratio, config.alignment)
         known = {"embed_tokens.weight", "norm.weight"}
         base = model.base_model
         outside = {name for name, _ in base.named_parameters() if not name.startswith("layers.")}
@@ -114,7 +114,7 @@ class SliceGPT(Method, OwnAllocation):
     def choose(self, engine: Engine, config: CompressionConfig, ratio: float) -> Choice:
         """The same width everywhere."""
         geometry = engine.geometry(self)
-        width = fitting_width(geometry, ratio, config.align)
+        width = fitting_width(geometry, ratio, config.alignment)
         ranks = [ranks_of({"stream": width}) for _ in geometry]
         return Choice(ranks, [{"stream": 1 - width / layer.modules["stream"].full} for layer in geometry])
 
