@@ -97,7 +97,7 @@ def test_the_command_prints_and_keeps_all_numbers(tiny_checkpoint: Path, small: 
             shown = next(line for line in lines if line[:2] == [str(count), name])
             median, least, greatest = row["prefill_ratio"]
             assert shown[2] == f"{row['prefill_tokens_per_second']:,.0f}"
-            assert shown[3:7] == [f"{median:.2f}", f"({least:.2f}", "to", f"{greatest:.2f})"]
+            assert shown[3:5] == [f"{median:.2f}", f"({least:.2f}-{greatest:.2f})"]
             seconds = row["seconds"]["prefill"]
             assert row["first_token_seconds"] == pytest.approx(sum(seconds) / 2)
             others = next(other for other in facts["models"][0]["rows"] if other["batch_size"] == count)

@@ -6,6 +6,7 @@ from .config import CompressionConfig, RunConfig
 from .data import TokenWindows
 from .errors import CheckpointError, InvalidRequest, ModeGPTError, NumericalError
 from .evaluation import generate_text, perplexity
+from .hub import push_to_hub
 from .pipeline import compress_to_directory
 from .report import CompressionReport
 
@@ -25,5 +26,6 @@ __all__ = [
     "generate_text",
     "load",
     "perplexity",
+    "push_to_hub",
     "save",
 ]

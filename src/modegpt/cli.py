@@ -404,6 +404,53 @@ def bench(
 
 
 @app.command()
+def report(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Directories of compressed models.", metavar="DIR...")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="A file of `evaluate --output`; can be given several times.")
+    ] = None,
+    bench: Annotated[
+        list[Path] | None, typer.Option(help="A file of `bench --output`; can be given several times.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also write all figures as PNG and SVG files into it.")] = None,
+) -> None:
+    """Write one page of HTML about compressed models: what they are, how good, how fast, layer by layer.
+
+    It needs nothing but itself: no scripts, no files beside it.
+
+    Example: **modegpt report small-20 small-30 --evaluation quality.json --bench speed.json -o report.html**
+    """
+    from .console import say
+    from .page import Bench, Checkpoint, Evaluation, Page, check_page, read_results
+
+    check_page(output, figures)
+    Page(
+        [Checkpoint.read(directory) for directory in checkpoints],
+        [read_results(path, Evaluation, "--evaluation") for path in evaluation or ()],
+        [read_results(path, Bench, "--bench") for path in bench or ()],
+    ).write(output, figures)
+    say(Console(), f"Written: {output}")
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a compressed model.", metavar="DIR")],
+    repository: Annotated[str, typer.Argument(help="Where to on the hub, such as name/smollm2-30.")],
+    private: Annotated[bool, typer.Option("--private", help="If it is made now: for the owner alone.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Compressed with modegpt",
+) -> None:
+    """Upload a compressed model to the Hugging Face hub, with its model card.
+
+    Log in first: **hf auth login**, or the environment variable HF_TOKEN.
+    """
+    from .console import say
+    from .hub import push_to_hub
+
+    say(Console(), f"Uploaded: {push_to_hub(checkpoint, repository, private=private, message=message)}")
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -65,34 +65,45 @@ def print_speeds(console: Console, speeds: Sequence[Speed], load: Load) -> None:
         count = f"{speed.parameters / 1e6:,.1f} M"
         table.add_row(escape(name), count, _bytes(speed.weight_bytes), f"{speed.macs_per_token / 1e6:,.1f} M")
     console.print(table)
-    table = Table(title=_load(load), title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("sequences", justify="right")
-    table.add_column("model")
-    latencies = [f"p{percent}" for percent in PERCENTILES]
-    for head in ("prompt tokens/s", "ratio", "new tokens/s", "ratio", "first, ms", *latencies, "cache", "peak"):
-        table.add_column(head, justify="right")
-    for place in range(len(load.batch_sizes)):
-        for name, speed in zip(names, speeds, strict=True):
-            own, first = speed.timings[place], speeds[0].timings[place]
-            table.add_row(str(own.batch_size), escape(name), *_speed_cells(own, first, load))
-        table.add_section()
-    console.print(table)
-
-
-def _load(load: Load) -> str:
-    return (
-        f"Prompts of {load.sequence_length} tokens, then {load.new_tokens} one by one; medians of {load.repeats} "
-        "repeats, latencies of one token in ms"
+    title = (
+        f"Prompts of {load.sequence_length} tokens, then {load.new_tokens} one by one; times as fast as the first model"
     )
+    rates = ("prompt tokens/s", "times", "new tokens/s", "times")
+    console.print(_by_load(title, rates, names, speeds, lambda own, first: _speed_cells(own, first, load)))
+    latencies = [f"p{percent}" for percent in PERCENTILES]
+    heads = ("first token", *latencies, "cache", "peak memory")
+    console.print(_by_load("Milliseconds of one token, and memory", heads, names, speeds, _latency_cells))
+
+
+def _by_load(
+    title: str,
+    heads: Sequence[str],
+    names: Sequence[str],
+    speeds: Sequence[Speed],
+    cells: Callable[[Timing, Timing], list[str]],
+) -> Table:
+    """For each number of sequences a line for every model, with the ``cells`` of its timing and the first model's."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for head in ("sequences", "model", *heads):
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for place, first in enumerate(speeds[0].timings):
+        for name, speed in zip(names, speeds, strict=True):
+            own = speed.timings[place]
+            table.add_row(str(own.batch_size), escape(name), *cells(own, first))
+        table.add_section()
+    return table
 
 
 def _speed_cells(own: Timing, first: Timing, load: Load) -> list[str]:
     prompt, further = own.speeds(load)
     ratios = [Ratio.of(own.prefill, first.prefill), Ratio.of(own.decode, first.decode)]
-    shown = [f"{ratio.median:.2f} ({ratio.least:.2f} to {ratio.greatest:.2f})" for ratio in ratios]
+    shown = [f"{ratio.median:.2f} ({ratio.least:.2f}-{ratio.greatest:.2f})" for ratio in ratios]
+    return [f"{prompt:,.0f}", shown[0], f"{further:,.1f}", shown[1]]
+
+
+def _latency_cells(own: Timing, _: Timing) -> list[str]:
     latencies = [f"{1000 * seconds:.1f}" for seconds in (own.first_token, *own.latencies())]
-    memory = [_bytes(own.cache_bytes), _bytes(own.peak_bytes)]
-    return [f"{prompt:,.0f}", shown[0], f"{further:,.1f}", shown[1], *latencies, *memory]
+    return [*latencies, _bytes(own.cache_bytes), _bytes(own.peak_bytes)]
 
 
 def _bytes(count: float) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from .report import CompressionReport
 
 
-def model_card(report: CompressionReport) -> str:
-    """Markdown with the facts of ``report``, how to load the model, and how to repeat the compression."""
+def card_rows(report: CompressionReport) -> list[tuple[str, str]]:
+    """What a compressed model is, in pairs of a name and a value."""
     rows = [
-        ("Compressed from", f"`{report.source}`"),
+        ("Compressed from", report.source),
         ("Method", f"{report.options['method']}, allocation {report.options['allocation']}"),
         ("Decoder-block parameters removed", f"{report.block_parameters.removed:.1%}"),
         ("All parameters removed", f"{report.parameters.removed:.1%} ({report.parameters.compressed:,.0f} left)"),
@@ -18,7 +18,12 @@ def model_card(report: CompressionReport) -> str:
     if report.perplexity and report.evaluation:
         change = f"{report.perplexity.dense:.2f} dense, {report.perplexity.compressed:.2f} compressed"
         rows.append((f"Perplexity ({report.evaluation.source})", change))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return rows
+
+
+def model_card(report: CompressionReport) -> str:
+    """Markdown with the facts of ``report``, how to load the model, and how to repeat the compression."""
+    table = "\n".join(f"| {name} | {value} |" for name, value in card_rows(report))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -14,8 +14,16 @@ from .least_loss import Part, by_part, losses_at
 
 #: Points of an error curve that are kept; in between it is a straight line.
 _POINTS = 128
+#: Points of a curve in a report.
+_SHOWN = 32
 #: Of J(0), and in nats: what rounding and the ridge make of an error and a divergence that are none.
 _FAINT_ERROR, _FAINT_DIVERGENCE = 1e-2, 1e-5
+
+
+def curve_ranks(full: int) -> list[int]:
+    """The ranks of :attr:`ModuleResult.curve`, from 0 to ``full``."""
+    points = min(_SHOWN, full)
+    return [round(full * point / points) for point in range(points + 1)]
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class ModuleResult:
     """Kept channels: of the MLP, of each expert, or of the queries and keys of each key-value head; None if mixed."""
     expert_tokens: list[int] | None = None
     """Tokens that calibrated each expert, where there are experts."""
+    curve: list[float] | None = None
+    """The relative error at :func:`curve_ranks`, where the method knew it for all ranks; without any second fit."""
 
     @property
     def experts_short_of_tokens(self) -> list[int]:

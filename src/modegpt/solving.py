@@ -20,7 +20,7 @@ from .methods import Ladder, Method, Solution
 from .modeling import Family
 from .parallel import Workers
 from .progress import Progress
-from .results import ModuleResult
+from .results import ModuleResult, curve_ranks
 from .statistics import LayerStatistics, gates_of
 from .weights import (
     HeadWeights,
@@ -55,11 +55,15 @@ class Outcome:
     error: float
     norm: float
     kept: list[Any] | None
+    errors: list[float] | None
+    """The objective at :func:`curve_ranks`, where the method knew it for all ranks."""
 
     @classmethod
-    def of(cls, solution: Solution[Any]) -> Outcome:
-        """That of ``solution``."""
-        return cls(solution.error, solution.norm, None if solution.kept is None else solution.kept.tolist())
+    def of(cls, solution: Solution[Any], ladder: Ladder[Any]) -> Outcome:
+        """That of ``solution``, one of the ``ladder``."""
+        kept = None if solution.kept is None else solution.kept.tolist()
+        known = ladder.curve()[curve_ranks(ladder.full)] if isinstance(ladder.errors, torch.Tensor) else None
+        return cls(solution.error, solution.norm, kept, None if known is None else known.tolist())
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class LayerSolver:
             for part, ladder in ladders.own.items():
                 ladders.seeded(part)
                 solution = ladder.final(rank[part[0]]) if final else ladder.at(rank[part[0]])
-                solved[part] = self._tensors(part, solution), Outcome.of(solution)
+                solved[part] = self._tensors(part, solution), Outcome.of(solution, ladder)
         state = self._untouched(layer, {part[0] for part in ladders.owners})
         geometry, tokens = self._geometry[ladders.index].modules, ladders.tokens
         outcomes: dict[Module, list[Outcome]] = {module: [] for module in geometry}
@@ -221,4 +225,8 @@ def _result(outcomes: Sequence[Outcome], rank: int, full: int) -> ModuleResult:
     error, norm = sum(outcome.error for outcome in outcomes), sum(outcome.norm for outcome in outcomes)
     kept = [outcome.kept for outcome in outcomes if outcome.kept is not None]
     merged = kept if len(kept) > 1 else kept[0] if kept else None
-    return ModuleResult(rank, full, (error / norm) ** 0.5 if norm > 0 else 0.0, merged)
+    curves = [outcome.errors for outcome in outcomes if outcome.errors is not None]
+    curve = None
+    if len(curves) == len(outcomes) and norm > 0:
+        curve = [round((sum(errors) / norm) ** 0.5, 6) for errors in zip(*curves, strict=True)]
+    return ModuleResult(rank, full, (error / norm) ** 0.5 if norm > 0 else 0.0, merged, curve=curve)

@@ -1,0 +1,195 @@
+"""Figures of reports, with matplotlib: each is drawn once and can be kept as SVG and PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from .budget import Module
+from .report import CompressionReport, LayerFacts
+from .results import curve_ranks
+
+#: Text and axes are drawn in it, and in a page in the colour of its text.
+_INK = "#010101"
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "modegpt",
+    "text.parse_math": False,  # labels come from files
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#8888884d",
+    **{f"{part}.color": _INK for part in ("text", "xtick", "ytick")},
+    **{f"axes.{part}color": _INK for part in ("edge", "label")},
+    "axes.facecolor": "none",
+    "legend.frameon": False,
+}
+#: Letters of a label in a legend.
+_LABEL = 24
+#: Told apart on white, on black and by people who see no red and green.
+_COLOURS = ("#2f7fd6", "#e0742a", "#2a9d6f", "#b64fc8", "#c9a227", "#d64f5f")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, its name among files, and what it shows."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+    def svg(self) -> str:
+        """An ``svg`` element in the colour of the text around it."""
+        file = io.StringIO()
+        with mpl.rc_context(_STYLE):
+            self.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = file.getvalue()
+        return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+    def write(self, directory: Path) -> None:
+        """Keep it as ``directory/NAME.svg`` and ``.png``, on white."""
+        directory.mkdir(parents=True, exist_ok=True)
+        with mpl.rc_context(_STYLE):
+            for kind in ("svg", "png"):
+                path = directory / f"{self.name}.{kind}"
+                self.figure.savefig(path, dpi=150, facecolor="white", metadata={"Date": None} if kind == "svg" else {})
+
+
+def _plot(name: str, caption: str, draw: Callable[[Any], None], labels: tuple[str, str]) -> Plot:
+    """``draw`` on one pair of axes with these ``labels``."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(ncols=3, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))
+    return Plot(name, caption, figure)
+
+
+def _by_module(report: CompressionReport, value: Callable[[LayerFacts, Module], float | None]) -> dict[Module, Any]:
+    """For each module the layers that have a value, and the values."""
+    found: dict[Module, Any] = {}
+    for module in report.layers[0].modules:
+        pairs = [(index, value(layer, module)) for index, layer in enumerate(report.layers) if module in layer.modules]
+        if known := [(index, one) for index, one in pairs if one is not None]:
+            found[module] = tuple(zip(*known, strict=True))
+    return found
+
+
+def _short(label: str) -> str:
+    """What fits into a legend."""
+    return label if len(label) <= _LABEL else f"...{label[-_LABEL:]}"
+
+
+def _lines(values: Mapping[Module, Any]) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for (module, (layers, height)), colour in zip(values.items(), _COLOURS, strict=False):
+            axes.plot(layers, height, "o-", ms=3, lw=1.4, color=colour, label=module.upper())
+        axes.set_ylim(bottom=0)
+
+    return draw
+
+
+def layer_plots(report: CompressionReport, name: str) -> list[Plot]:
+    """What every layer kept and lost, why, and the curves that were cut; ``name`` begins the names of files."""
+    kept = _by_module(report, lambda layer, module: 100 * layer.modules[module].rank / layer.modules[module].full)
+    errors = _by_module(report, lambda layer, module: layer.modules[module].relative_error)
+    plots = [
+        _plot(f"{name}-ranks", "Kept of each layer's modules.", _lines(kept), ("layer", "kept, %")),
+        _plot(
+            f"{name}-errors",
+            "Relative error of each compressed module by itself, on the calibration text.",
+            _lines(errors),
+            ("layer", "relative error"),
+        ),
+    ]
+    losses = _by_module(report, lambda layer, module: (layer.divergence or {}).get(module))
+    if losses:
+        caption = "What each compressed module was predicted to cost by itself, in nats per token."
+        plots.append(_plot(f"{name}-losses", caption, _lines(losses), ("layer", "nats per token")))
+    if all(layer.scores for layer in report.layers):
+        plots.append(_scores(report, name))
+    return plots + _curves(report, name)
+
+
+def _scores(report: CompressionReport, name: str) -> Plot:
+    columns = list(zip(*(layer.scores or [] for layer in report.layers), strict=False))
+    kinds = ["attention", "MLP"] if len(columns) == 2 else [str(report.options["allocation"])]
+
+    def draw(axes: Any) -> None:
+        for kind, column, colour in zip(kinds, columns, _COLOURS, strict=False):
+            axes.plot(column, "o-", ms=3, lw=1.4, color=colour, label=kind)
+
+    return _plot(f"{name}-scores", "Scores of the layers, by which they shared the loss.", draw, ("layer", "score"))
+
+
+def _curves(report: CompressionReport, name: str) -> list[Plot]:
+    """For each module the error against rank in every layer, with a dot at the cut."""
+    plots = []
+    for module in report.layers[0].modules:
+        facts = [layer.modules[module] for layer in report.layers if module in layer.modules]
+        known = [one for one in facts if one.curve and len(one.curve) == len(curve_ranks(one.full))]
+        if not known:
+            continue
+
+        def draw(axes: Any, known: Any = known) -> None:
+            colours = mpl.colormaps["viridis"]
+            for place, one in enumerate(known):
+                ranks, colour = curve_ranks(one.full), colours(0.15 + 0.75 * place / max(1, len(known) - 1))
+                axes.plot([100 * rank / one.full for rank in ranks], one.curve, lw=0.8, color=colour)
+                axes.plot(100 * one.rank / one.full, _at(one.curve, ranks, one.rank), "o", ms=4, color=colour)
+            axes.set_ylim(bottom=0)
+
+        caption = (
+            f"{module.upper()}: relative error against what is kept, a line for each layer (early ones dark), the "
+        )
+        caption += "cut at the dot."
+        plots.append(_plot(f"{name}-curve-{module}", caption, draw, ("kept, %", "relative error")))
+    return plots
+
+
+def _at(curve: Sequence[float], ranks: Sequence[int], rank: int) -> float:
+    """On the straight lines between the points."""
+    import numpy
+
+    return float(numpy.interp(rank, ranks, curve))
+
+
+def size_plot(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> Plot:
+    """Perplexity against size: for each text the millions of parameters, the perplexity and the model's name."""
+
+    def draw(axes: Any) -> None:
+        for (text, found), colour in zip(points.items(), _COLOURS, strict=False):
+            ordered = sorted(found)
+            axes.plot([size for size, _, _ in ordered], [value for _, value, _ in ordered], "o-", ms=4, lw=1.4,
+                      color=colour, label=_short(text))  # fmt: skip
+        axes.set_yscale("log")
+
+    caption = "Perplexity against the parameters of the whole model, dense on the right."
+    return _plot("size", caption, draw, ("million parameters", "perplexity"))
+
+
+def speed_plot(bars: Mapping[str, Mapping[str, float]]) -> Plot:
+    """Times the first model's speed: for each load, by model."""
+    models = list(dict.fromkeys(model for load in bars.values() for model in load))
+    width = 0.8 / max(1, len(models))
+
+    def draw(axes: Any) -> None:
+        for place, (model, colour) in enumerate(zip(models, _COLOURS, strict=False)):
+            heights = [load.get(model, 0.0) for load in bars.values()]
+            axes.bar([one + (place - (len(models) - 1) / 2) * width for one in range(len(bars))], heights, width * 0.92,
+                     color=colour, label=_short(model))  # fmt: skip
+        axes.axhline(1, lw=1, color=_INK)
+        axes.set_xticks(range(len(bars)), list(bars))
+
+    return _plot("speed", "Speed over that of the first model.", draw, ("", "times as fast"))

@@ -1,0 +1,289 @@
+"""One self-contained HTML page about compressed checkpoints: facts, quality, layers, speed, and how to repeat them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from .console import duration
+from .errors import InvalidRequest
+from .files import replace_file, storing
+from .model_card import card_rows
+from .report import CompressionReport, RunFacts
+
+
+class _Text(BaseModel):
+    perplexity: float
+    sequence_length: int
+
+
+class _Task(BaseModel):
+    metrics: dict[str, float]
+    errors: dict[str, float | None]
+    shown: str
+    items: int
+
+
+class _Mean(BaseModel):
+    accuracy: float
+    error: float | None
+    degradation: float | None
+
+
+class _Scores(BaseModel):
+    model: str
+    texts: dict[str, _Text]
+    tasks: dict[str, _Task]
+    mean: _Mean | None = None
+
+
+class Evaluation(BaseModel):
+    """What ``modegpt evaluate --output`` writes, as far as a page needs it."""
+
+    command: str
+    models: list[_Scores]
+
+
+class _Speeds(BaseModel):
+    batch_size: int
+    prefill_tokens_per_second: float
+    prefill_ratio: tuple[float, float, float]
+    decode_tokens_per_second: float
+    decode_ratio: tuple[float, float, float]
+
+
+class _Speed(BaseModel):
+    model: str
+    parameters: int
+    weight_bytes: int
+    rows: list[_Speeds]
+
+
+class Bench(BaseModel):
+    """What ``modegpt bench --output`` writes, as far as a page needs it."""
+
+    command: str
+    machine: dict[str, Any]
+    models: list[_Speed]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that is about all models."""
+
+    title: str
+    tables: Sequence[Table] = ()
+    plots: Sequence[Any] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A compressed checkpoint by what its files say."""
+
+    name: str
+    report: CompressionReport
+    run: RunFacts | None
+
+    @classmethod
+    def read(cls, directory: Path) -> Checkpoint:
+        """That in ``directory``; raises :class:`CheckpointError`."""
+        return cls(directory.resolve().name, CompressionReport.read(directory), RunFacts.read(directory))
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What it is, and what it took."""
+        rows = card_rows(self.report)
+        if self.report.alignment is not None:
+            rows.append(("Ranks are multiples of (measured)", str(self.report.alignment.chosen)))
+        if self.run is not None:
+            rows.append(("Time", duration(sum(self.run.seconds.values()))))
+            rows.append(("Peak memory", f"{self.run.peak_memory_bytes / 1e9:,.2f} GB"))
+        return rows
+
+
+@dataclass(frozen=True)
+class Page:
+    """The page about ``checkpoints``, with what was measured of them.
+
+    Raises :class:`InvalidRequest` where what it is made with is not installed.
+    """
+
+    checkpoints: Sequence[Checkpoint]
+    evaluations: Sequence[Evaluation] = ()
+    benches: Sequence[Bench] = ()
+
+    def __post_init__(self) -> None:
+        missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+        if missing:
+            raise InvalidRequest(f"a report needs {' and '.join(missing)}; install: pip install {' '.join(missing)}")
+
+    def write(self, path: Path, figures: Path | None = None) -> None:
+        """Write the page to ``path`` and, where a directory for ``figures`` is given, each as a PNG and an SVG file."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        environment = Environment(loader=PackageLoader("modegpt"), autoescape=True, undefined=StrictUndefined)
+        names = _distinct([one.name for one in self.checkpoints])
+        sections, plots = self._overall(names), self._layers(names)
+        text = environment.get_template("report.html").render(
+            title=f"Compressed models: {', '.join(names)}" if len(names) > 1 else f"Compressed model {names[0]}",
+            overall=[
+                {**vars(section), "plots": [{"svg": p.svg(), "caption": p.caption} for p in section.plots]}
+                for section in sections
+            ],
+            models=[
+                {
+                    "name": name,
+                    "facts": one.facts(),
+                    "plots": [{"svg": p.svg(), "caption": p.caption} for p in own],
+                    "command": one.report.command,
+                    "versions": ", ".join(f"{key} {value}" for key, value in one.report.versions.items()),
+                }
+                for name, one, own in zip(names, self.checkpoints, plots, strict=True)
+            ],
+        )
+        with storing(f"--output {path}"):
+            replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+        if figures is not None:
+            with storing(f"--figures {figures}"):
+                for plot in [*(p for section in sections for p in section.plots), *(p for own in plots for p in own)]:
+                    plot.write(figures)
+
+    def _layers(self, names: Sequence[str]) -> list[list[Any]]:
+        from .figures import layer_plots
+
+        return [
+            layer_plots(one.report, re.sub(r"[^A-Za-z0-9._-]", "_", name))
+            for name, one in zip(names, self.checkpoints, strict=True)
+        ]
+
+    def _overall(self, names: Sequence[str]) -> list[Section]:
+        found = [self._sizes(names), *map(_quality, self.evaluations), *map(_speed, self.benches)]
+        return [section for section in found if section is not None]
+
+    def _sizes(self, names: Sequence[str]) -> Section | None:
+        """Several checkpoints beside each other, where there are several."""
+        if len(self.checkpoints) == 1:
+            return None
+        from .figures import size_plot
+
+        rows, points = [], dict[str, list[tuple[float, float, str]]]()
+        for name, one in zip(names, self.checkpoints, strict=True):
+            report = one.report
+            row = [name, str(report.options["method"]), f"{report.block_parameters.removed:.1%}"]
+            row += [f"{report.parameters.compressed / 1e6:,.1f}"]
+            if report.perplexity and report.evaluation:
+                row.append(f"{report.perplexity.compressed:.2f} ({report.perplexity.dense:.2f})")
+                own = points.setdefault(report.evaluation.source, [])
+                own += [
+                    (report.parameters.compressed / 1e6, report.perplexity.compressed, name),
+                    (report.parameters.dense / 1e6, report.perplexity.dense, "dense"),
+                ]
+            rows.append([*row, ""][:5])
+        heads = ["", "method", "removed of the blocks", "million parameters", "perplexity (dense)"]
+        return Section("Size", [Table(heads, rows)], [size_plot(points)] if points else [])
+
+
+def _quality(evaluation: Evaluation) -> Section:
+    names = _distinct([Path(one.model).name for one in evaluation.models])
+    first, *_ = evaluation.models
+    tables = []
+    if first.texts:
+        rows = [
+            [text, *(f"{one.texts[text].perplexity:.2f}" if text in one.texts else "" for one in evaluation.models)]
+            for text in first.texts
+        ]
+        tables.append(Table(["Perplexity", *names], rows))
+    if first.tasks:
+        rows = [
+            [f"{task} ({facts.shown})", *(_score(one, task) for one in evaluation.models)]
+            for task, facts in first.tasks.items()
+        ]
+        if first.mean is not None:
+            means = [one.mean for one in evaluation.models]
+            rows.append(["mean", *("" if one is None else _percent(one.accuracy, one.error) for one in means)])
+            lost = [None if one is None else one.degradation for one in means]
+            rows.append(["relative degradation", *("" if one is None else f"{one:.1%}" for one in lost)])
+        tables.append(Table(["Accuracy, %", *names], rows))
+    return Section("Quality", tables, note=f"Measured by: {evaluation.command}")
+
+
+def _score(scores: _Scores, task: str) -> str:
+    found = scores.tasks.get(task)
+    if found is None or found.shown not in found.metrics:
+        return ""
+    return _percent(found.metrics[found.shown], found.errors.get(found.shown))
+
+
+def _percent(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def _speed(bench: Bench) -> Section:
+    from .figures import speed_plot
+
+    names = _distinct([Path(one.model).name for one in bench.models])
+    rows, bars = [], dict[str, dict[str, float]]()
+    for name, one in zip(names, bench.models, strict=True):
+        for row in one.rows:
+            cells = [
+                f"{name}, {row.batch_size} at once",
+                f"{row.prefill_tokens_per_second:,.0f}",
+                _ratio(row.prefill_ratio),
+            ]
+            rows.append([*cells, f"{row.decode_tokens_per_second:,.1f}", _ratio(row.decode_ratio)])
+            for kind, ratio in (("prompt", row.prefill_ratio), ("new tokens", row.decode_ratio)):
+                bars.setdefault(f"{kind}\n{row.batch_size} at once", {})[name] = ratio[0]
+    heads = ["", "prompt tokens/s", "ratio", "new tokens/s", "ratio"]
+    machine = ", ".join(f"{key} {value}" for key, value in bench.machine.items())
+    note = (
+        f"Measured by: {bench.command}, on {machine}. Ratios are medians over repeats, with the least and the greatest."
+    )
+    return Section("Speed", [Table(heads, rows)], [speed_plot(bars)], note)
+
+
+def _ratio(ratio: tuple[float, float, float]) -> str:
+    return f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """``names``, numbered where they repeat."""
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
+
+
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
+
+
+def read_results(path: Path, kind: type[_Parsed], option: str) -> _Parsed:
+    """The results file at ``path``; raises :class:`InvalidRequest` for what is none of this ``kind``."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"{option} {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise InvalidRequest(f"{option} {str(path)!r} is no file of that command: {where}: {problem['msg']}") from error
+
+
+def check_page(output: Path, figures: Path | None) -> None:
+    """Refuse places that cannot be written, before anything is."""
+    if output.suffix not in (".html", ".htm") or output.is_dir():
+        raise InvalidRequest(f"--output {str(output)!r}: name a .html file")
+    if not output.resolve().parent.is_dir():
+        raise InvalidRequest(f"--output {str(output)!r}: its directory does not exist; make it first")
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise InvalidRequest(f"--figures {str(figures)!r} is a file; name a directory")

@@ -1,0 +1,242 @@
+"""``modegpt report``: one page that needs nothing else, safe with whatever files hold; and ``push``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modegpt
+from helpers import Outcome, compress_arguments, run_cli
+from modegpt import hub
+from modegpt.results import curve_ranks
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+pytest.importorskip("jinja2", reason="jinja2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def made(tiny_checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two compressed models, one with sensitivities and one with scores, and what was measured of them."""
+    directory = tmp_path_factory.mktemp("made")
+    for name, method, ratio in (("greedy", "greedy", 0.2), ("paper", "modegpt", 0.4)):
+        arguments = compress_arguments(tiny_checkpoint, directory / name, text_file, "--method", method, ratio=ratio)
+        outcome = run_cli(*arguments, "--quiet")
+        assert outcome.code == 0, outcome.err
+    models = (tiny_checkpoint, directory / "greedy", directory / "paper")
+    texts = ("--perplexity", text_file, "--sequence-length", 32, "--samples", 2)
+    assert run_cli("evaluate", *models, *texts, "-o", directory / "evaluation.json").code == 0
+    load = ("--batch-sizes", "1,2", "--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
+    assert run_cli("bench", *models, *load, "-o", directory / "bench.json").code == 0
+    return directory
+
+
+def page(output: Path, *arguments: object) -> tuple[Outcome, str]:
+    outcome = run_cli("report", *arguments, "--output", output)
+    return outcome, output.read_text() if output.exists() else ""
+
+
+class Cells(HTMLParser):
+    """The rows of all tables, as text, and every tag with its attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self._inside = True
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.rows[-1][-1] += data
+
+
+def test_all_that_is_known_of_several_models(made: Path, tmp_path: Path) -> None:
+    results = ("--evaluation", made / "evaluation.json", "--bench", made / "bench.json")
+    outcome, text = page(
+        tmp_path / "r.html", made / "greedy", made / "paper", *results, "--figures", tmp_path / "figures"
+    )
+    assert outcome.code == 0, outcome.err
+    cells = Cells(text)
+    evaluation = json.loads((made / "evaluation.json").read_text())
+    perplexities = [next(iter(one["texts"].values()))["perplexity"] for one in evaluation["models"]]
+    assert [f"{value:.2f}" for value in perplexities] in [row[1:] for row in cells.rows]
+    bench = json.loads((made / "bench.json").read_text())
+    for one in bench["models"]:
+        for row in one["rows"]:
+            (shown,) = [
+                cell for cell in cells.rows if cell[0] == f"{Path(one['model']).name}, {row['batch_size']} at once"
+            ]
+            assert shown[1] == f"{row['prefill_tokens_per_second']:,.0f}"
+            assert shown[4].startswith(f"{row['decode_ratio'][0]:.2f} (")
+    for name in ("greedy", "paper"):
+        report = modegpt.CompressionReport.read(made / name)
+        rows = dict(row for row in cells.rows if len(row) == 2)
+        assert ["Method", f"{report.options['method']}, allocation {report.options['allocation']}"] in cells.rows
+        assert ["Decoder-block parameters removed", f"{report.block_parameters.removed:.1%}"] in cells.rows
+        assert rows["Peak memory"].endswith(" GB")
+        assert report.command.split()[0] in text
+    figures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    curves = {f"greedy-curve-{module}" for module in ("mlp", "qk", "vo")}
+    own = {"greedy-ranks", "greedy-errors", "greedy-losses", "paper-ranks", "paper-errors", "paper-scores"}
+    assert figures == curves | own | {"size", "speed"}
+    assert figures == {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    assert text.count("<svg") == len(figures)
+
+
+def test_the_page_needs_nothing_but_itself(made: Path, tmp_path: Path) -> None:
+    """No scripts, and nothing that a browser would fetch."""
+    _, text = page(tmp_path / "r.html", made / "greedy", "--bench", made / "bench.json")
+    tags = Cells(text).tags
+    assert not {"script", "link", "img", "iframe", "object", "image"} & {tag for tag, _ in tags}
+    fetched = [
+        value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href", "xlink:href")
+    ]
+    assert all(value is not None and value.startswith("#") for value in fetched)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_the_same_page_every_time(made: Path, tmp_path: Path) -> None:
+    assert page(tmp_path / "a.html", made / "greedy")[1] == page(tmp_path / "b.html", made / "greedy")[1]
+
+
+def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) -> None:
+    evil = "<script>alert('$x^2$')</script>"
+    copy = tmp_path / "copy"
+    shutil.copytree(made / "paper", copy)
+    report = json.loads((copy / "compression.json").read_text())
+    report["source"] = report["command"] = report["evaluation"]["source"] = report["options"]["allocation"] = evil
+    (copy / "compression.json").write_text(json.dumps(report))
+    found = json.loads((made / "evaluation.json").read_text())
+    found["command"] = found["models"][0]["model"] = evil
+    speeds = json.loads((made / "bench.json").read_text())
+    speeds["models"][0]["model"] = speeds["machine"]["device"] = evil
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    (tmp_path / "bench.json").write_text(json.dumps(speeds))
+    results = ("--evaluation", tmp_path / "evaluation.json", "--bench", tmp_path / "bench.json")
+    outcome, text = page(tmp_path / "r.html", copy, made / "greedy", *results)
+    assert outcome.code == 0, outcome.err
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_curves_in_the_report_are_the_errors_at_every_rank(made: Path) -> None:
+    """At the rank that was chosen they give the module's own error, before the second fit of its inputs."""
+    for layer in modegpt.CompressionReport.read(made / "greedy").layers:
+        for module, facts in layer.modules.items():
+            assert facts.curve is not None
+            ranks = curve_ranks(facts.full)
+            assert len(facts.curve) == len(ranks)
+            assert facts.curve[0] == pytest.approx(1, abs=0.02)
+            assert facts.curve == sorted(facts.curve, reverse=True)
+            if module != "mlp" and facts.rank in ranks:
+                assert facts.curve[ranks.index(facts.rank)] == pytest.approx(facts.relative_error, abs=1e-4)
+    assert all(
+        m.curve is None
+        for layer in modegpt.CompressionReport.read(made / "paper").layers
+        for m in layer.modules.values()
+    )
+
+
+def test_curves_of_another_length_are_left_out(made: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made / "greedy", copy)
+    report = json.loads((copy / "compression.json").read_text())
+    for layer in report["layers"]:
+        layer["modules"]["vo"]["curve"] = [1.0, 0.0]
+        layer["modules"]["qk"].pop("curve")
+    (copy / "compression.json").write_text(json.dumps(report))
+    outcome, _ = page(tmp_path / "r.html", copy, "--figures", tmp_path / "figures")
+    assert outcome.code == 0, outcome.err
+    assert [path.stem for path in (tmp_path / "figures").glob("*-curve-*.png")] == ["copy-curve-mlp"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("nowhere",), "nowhere/compression.json cannot be read"),
+        (("greedy", "--output", "r.txt"), "--output 'r.txt': name a .html file"),
+        (("greedy", "--output", "nowhere/r.html"), "--output 'nowhere/r.html': its directory does not exist"),
+        (("greedy", "--evaluation", "none.json"), "--evaluation 'none.json' cannot be read"),
+        (("greedy", "--evaluation", "bench.json"), "is no file of that command: models.0.texts"),
+        (("greedy", "--bench", "evaluation.json"), "is no file of that command: machine"),
+        (("greedy", "--figures", "bench.json"), "is a file; name a directory"),
+    ],
+)
+def test_refusals(made: Path, tmp_path: Path, arguments: tuple[str, ...], problem: str) -> None:
+    words = [made / word if (made / word).exists() else word for word in arguments]
+    output = () if "--output" in arguments else ("--output", tmp_path / "r.html")
+    outcome = run_cli("report", *words, *output)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert problem in outcome.err
+    assert not any(tmp_path.iterdir())
+
+
+# Push
+
+
+class Api:
+    """A hub that notes what it is told."""
+
+    def __init__(self, token: str | None = None) -> None:
+        self.token = token
+        self.told: list[Any] = []
+
+    def create_repo(self, repository: str, **options: Any) -> None:
+        self.told.append((repository, options))
+
+    def upload_folder(self, **options: Any) -> Any:
+        self.told.append(options)
+        return type("Done", (), {"commit_url": "https://hub/commit/1"})
+
+
+def test_a_checkpoint_is_pushed_with_all_that_it_needs(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apis: list[Api] = []
+    monkeypatch.setattr(hub, "HfApi", lambda token: (apis.append(Api(token)), apis[-1])[1])
+    assert modegpt.push_to_hub(made / "greedy", "me/greedy", private=True, token="t") == "https://hub/commit/1"
+    (api,) = apis
+    (repository, made_with), upload = api.told
+    assert (api.token, repository, made_with) == ("t", "me/greedy", {"private": True, "exist_ok": True})
+    assert (upload["repo_id"], upload["folder_path"]) == ("me/greedy", made / "greedy")
+    sent = {path.name for pattern in upload["allow_patterns"] for path in (made / "greedy").glob(pattern)}
+    assert sent == {path.name for path in (made / "greedy").iterdir()}
+    outcome = run_cli("push", made / "greedy", "me/greedy")
+    assert outcome == Outcome(0, "Uploaded: https://hub/commit/1\n", "")
+    assert apis[1].told[0] == ("me/greedy", {"private": False, "exist_ok": True})
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "compression.json", "README.md"])
+def test_half_a_checkpoint_is_not_pushed(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setattr(hub, "HfApi", lambda token: pytest.fail("the hub was asked"))
+    shutil.copytree(made / "greedy", tmp_path / "half")
+    (tmp_path / "half" / missing).unlink()
+    outcome = run_cli("push", tmp_path / "half", "me/half")
+    assert outcome.code != 0
+    assert re.search(f"has no .*{re.escape(missing.replace('model.', '*.'))}|{missing} cannot be read", outcome.err)
+
+
+def test_what_the_hub_refuses_is_one_line(made: Path) -> None:
+    """Without a network this is what a user sees too."""
+    outcome = run_cli("push", made / "greedy", "a/b/c")
+    assert outcome.code == 2
+    assert outcome.err.startswith("modegpt: 'a/b/c': the hub refuses: ")
+    assert outcome.err.count("\n") == 1
