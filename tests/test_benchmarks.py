@@ -1,4 +1,4 @@
-"""What the benchmarks compute by themselves: rows that are resumed, tables, texts, multiple-choice scores."""
+"""What the benchmarks compute by themselves: rows that are resumed, tables, texts, rounded weights."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import gzip
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from helpers import random_text
+import modegpt
+from helpers import random_text, tiny_llama
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows, first_windows, read_text, tokenize
 from modegpt.engine import compress_model
 from modegpt.evaluation import perplexity
+from modegpt.exports.gguf_file import write_gguf
+from modegpt.exports.gguf_tokenizer import tokenizer_fields
+from modegpt.exports.plain import PlainDecoder
 from modegpt.mixture import Cut, Mixture, read_mixture
 from modegpt.report import TextFacts
 
@@ -302,3 +308,139 @@ def test_gains_are_those_of_the_solvers_named(
     assert more["rows"][:-1] == written["rows"]
     assert more["rows"][-1]["ratio"] == 0.2
     assert more["command"].endswith(" --ratios 0.2 0.3")
+
+
+# Profiles, quantised files, speed, tasks
+
+
+@pytest.fixture(scope="module")
+def wider(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model whose MLPs have several multiples of 32 channels."""
+    directory = tmp_path_factory.mktemp("wider") / "wider"
+    model = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, bos_token_id=0, eos_token_id=1)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    load: Any, wider: Path, text_file: Path, other_text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """What ``profiles.py`` writes of a tiny model: the results file and the checkpoints."""
+    directory = tmp_path_factory.mktemp("profiles")
+    options = {"--train": text_file, "--test": other_text_file, "--texts": f"other={text_file}"}
+    options |= {"--model": wider, "--samples": 8, "--test-samples": 2, "--sequence-length": 64}
+    options |= {"--ratios": 0.2, "--checkpoints": directory, "--output": directory / "profiles.json"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["profiles.py", *(str(word) for option in options.items() for word in option)])
+        load("profiles").main()
+    return directory / "profiles.json", directory
+
+
+def test_profiles_are_measured_on_what_they_write(
+    checkpoints: tuple[Path, Path], wider: Path, other_text_file: Path
+) -> None:
+    results = json.loads(checkpoints[0].read_text())
+    assert [row["profile"] for row in results["rows"]] == ["full", "gguf", "stock"]
+    for row in results["rows"]:
+        small = modegpt.load(checkpoints[1] / f"{row['profile']}-20")
+        windows = first_windows(
+            tokenize(AutoTokenizer.from_pretrained(wider), other_text_file.read_text()), 2, 64, what="test"
+        )
+        assert row["perplexity"]["test"] == pytest.approx(modegpt.perplexity(small, windows), rel=1e-5)
+        assert small.compression_report.options["profile"] == row["profile"]
+        assert row["parameters"] == small.num_parameters() <= min(row["gguf"], row["stock"])
+        if row["profile"] != "full":  # nothing is filled up
+            assert row["parameters"] == row[row["profile"]]
+    dense = results["dense"]
+    assert dense["parameters"] == dense["stock"] == LlamaForCausalLM.from_pretrained(wider).num_parameters()
+    table = checkpoints[0].with_suffix(".md").read_text()
+    assert f"| gguf | 20% | {results['rows'][1]['perplexity']['test']:.2f} |" in table
+    assert str(checkpoints[1]) not in table + checkpoints[0].read_text()
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_weights_are_rounded_as_in_the_file(
+    load: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, kind: str
+) -> None:
+    """Every tensor of a file, read back: rows of queries and keys are in another order there."""
+    quantised = load("quantised")
+    model = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96)
+    fields = tokenizer_fields(tokenizer, len(tokenizer))
+    path = tmp_path / "model.gguf"
+    write_gguf(path, PlainDecoder(model), kind, fields, "model")
+    assert quantised.file_bytes(model, kind, fields) == path.stat().st_size
+    known = quantised.rounded(model, kind).state_dict()
+    names = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q": "self_attn.q_proj"}
+    names |= {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        if tensor.name == "token_embd.weight":
+            assert torch.equal(values, known["model.embed_tokens.weight"])
+        parts = tensor.name.split(".")
+        if parts[0] == "blk" and parts[2] in names:
+            own = known[f"model.layers.{parts[1]}.{names[parts[2]]}.weight"]
+            assert torch.equal(values.sum(0), own.sum(0)) or parts[2] == "attn_q"
+            assert torch.equal(values.flatten().sort().values, own.flatten().sort().values)
+
+
+def test_sizes_and_perplexities_of_rounded_models(
+    load: Any,
+    checkpoints: tuple[Path, Path],
+    wider: Path,
+    other_text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantised = load("quantised")
+    monkeypatch.setattr(quantised, "KINDS", ("f16", "q8_0"))
+    options = {"--compressed": checkpoints[1] / "gguf-20", "--test": other_text_file, "--model": wider}
+    options |= {"--test-samples": 2, "--sequence-length": 64, "--output": tmp_path / "quantised.json"}
+    monkeypatch.setattr(sys, "argv", ["quantised.py", *(str(word) for option in options.items() for word in option)])
+    quantised.main()
+    results = json.loads((tmp_path / "quantised.json").read_text())
+    assert [(row["model"], row["type"]) for row in results["rows"]] == [
+        (model, kind) for model in ("dense", "gguf-20") for kind in ("f16", "q8_0")
+    ]
+    profiles = json.loads(checkpoints[0].read_text())
+    wanted = [profiles["dense"]["perplexity"]["test"], profiles["rows"][1]["perplexity"]["test"]]
+    found = [row["perplexity"]["test"] for row in results["rows"] if row["type"] == "f16"]
+    assert found == pytest.approx(wanted, rel=1e-2)
+    assert found != wanted
+    sizes = [row["bytes"] for row in results["rows"]]
+    assert sizes[0] > sizes[2]
+    assert sizes[0] > sizes[1]
+
+
+def test_speed_is_measured_of_all_checkpoints(
+    load: Any, checkpoints: tuple[Path, Path], wider: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"--dense": wider, "--compressed": checkpoints[1] / "full-20", "--sequence-length": 8}
+    options |= {"--new-tokens": 2, "--repeats": 2, "--threads": 1, "--output": tmp_path / "throughput.json"}
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *(str(word) for option in options.items() for word in option)])
+    load("throughput").main()
+    results = json.loads((tmp_path / "throughput.json").read_text())
+    assert [one["model"] for one in results["models"]] == [wider.name, "full-20"]
+    table = (tmp_path / "throughput.md").read_text()
+    for row in results["models"][1]["rows"]:
+        rate, (median, least, greatest) = row["prefill_tokens_per_second"], row["prefill_ratio"]
+        assert f"| {row['batch_size']} | full-20 | {rate:.0f} | {median:.2f} ({least:.2f} to {greatest:.2f}) |" in table
+    assert str(tmp_path.parent) not in table + (tmp_path / "throughput.json").read_text()
+
+
+def test_tasks_are_put_to_all_checkpoints(
+    load: Any, checkpoints: tuple[Path, Path], wider: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm-eval) is not installed")
+    rows = [{"goal": f"keep {n}", "sol1": "the head", "sol2": "a model of layers", "label": n % 2} for n in range(6)]
+    (tmp_path / "piqa_val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["tasks.py", "--dense", wider, "--compressed", checkpoints[1] / "full-20", "--tasks", "piqa"]
+    command += ["--task-data", tmp_path, "--limit", 4, "--output", tmp_path / "tasks.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    load("tasks").main()
+    results = json.loads((tmp_path / "tasks.json").read_text())
+    shares = [one["tasks"]["piqa"]["metrics"]["acc_norm"] for one in results["models"]]
+    table = (tmp_path / "tasks.md").read_text()
+    assert re.search(rf"\| piqa \| acc_norm \| 4 \| {100 * shares[0]:.1f} ± .* \| {100 * shares[1]:.1f} ± ", table)
+    assert results["command"].endswith("--compressed DIR/full-20 --task-data DATA")

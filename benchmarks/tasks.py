@@ -1,0 +1,74 @@
+r"""Accuracy of compressed checkpoints on the tasks of MoDeGPT's paper, by ``modegpt evaluate --tasks``.
+
+    python benchmarks/tasks.py --compressed DIR/full-20 DIR/full-30 --task-data DATA --limit 200
+
+The checkpoints are what ``profiles.py`` writes; DATA has the rows of the tasks where no hub is at hand. Writes
+``results/tasks.json``, with all metrics, and ``results/tasks.md``, after every model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmark_texts import default_model
+from modegpt.comparison import ModelScores, compare, facts_of
+from modegpt.tasks import Tasks, degradation, mean
+from results_file import RESULTS, header, table, write
+
+TASKS = "arc_easy arc_challenge piqa winogrande hellaswag boolq openbookqa mathqa copa lambada_openai mmlu"
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dense", default=default_model())
+    parser.add_argument("--compressed", nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--tasks", nargs="+", default=TASKS.split())
+    parser.add_argument("--task-data", type=Path)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--num-fewshot", type=int)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=RESULTS / "tasks.json")
+    arguments = parser.parse_args()
+
+    results: dict[str, Any] = header(parser, arguments, ("dense", "compressed", "task_data", "output"))
+    results["command"] += f" --compressed {' '.join(f'DIR/{Path(one).name}' for one in arguments.compressed)}"
+    results["command"] += " --task-data DATA" if arguments.task_data else ""
+
+    def keep(scores: list[ModelScores]) -> None:
+        results.update(facts_of(scores))
+        for one in results["models"]:
+            one["model"] = Path(one["model"]).name
+        write(results, arguments.output, text_of(scores, arguments.limit))
+        print(f"{Path(scores[-1].model).name}: {mean(scores[-1].tasks)}", flush=True)
+
+    asked = Tasks(arguments.tasks, arguments.task_data, arguments.limit, arguments.num_fewshot)
+    addresses = [arguments.dense, *arguments.compressed]
+    compare(addresses, None, asked, batch_size=arguments.batch_size, dtype="float32", finished=keep)
+
+
+def text_of(scores: list[ModelScores], limit: int | None) -> str:
+    """The table: a line for each task, their mean, and what of it was lost."""
+    first = scores[0].tasks
+    lines = []
+    for task, facts in first.items():
+        found = [(one.tasks[task].metrics[facts.shown], one.tasks[task].errors[facts.shown]) for one in scores]
+        lines.append([task, facts.shown, str(facts.items), *(percent(value, error) for value, error in found)])
+    lines.append(["mean", "", "", *(percent(*(mean(one.tasks) or (0.0, None))) for one in scores)])
+    lost = [degradation(one.tasks, first) for one in scores]
+    lines.append(["relative degradation", "", "", *("" if one is None else f"{one:.1%}" for one in lost)])
+    names = ["dense", *(Path(one.model).name for one in scores[1:])]
+    first_rows = f", the first {limit} rows of each" if limit else ""
+    text = f"Accuracy in percent with standard errors, on tasks of lm-evaluation-harness{first_rows}.\n\n"
+    return text + table(["task", "metric", "items", *names], lines)
+
+
+def percent(value: float, error: float | None) -> str:
+    """With its error."""
+    return f"{100 * value:.1f}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+if __name__ == "__main__":
+    main()
