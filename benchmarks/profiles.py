@@ -1,11 +1,12 @@
-r"""What it costs to keep to the layer shapes of other engines: the profiles full, gguf and stock at the same ratios.
+r"""What it costs to keep to the layer shapes that engines and kernels ask for, at the same ratios.
 
     python benchmarks/profiles.py --train TRAIN.txt.gz --test TEST.txt.gz --texts ptb=PTB_TEST.txt.gz --checkpoints DIR
 
-All by the default method from one profile of the model; texts, windows and model are those of ``quality.py``. Beside
-each perplexity are the parameters of the checkpoint and what it has once written for other engines, with the zeros that
-their formats ask for. The checkpoints, that other benchmarks take, are written into DIR. Writes
-``results/profiles.json`` and ``results/profiles.md`` after every row.
+The profiles full (with any ranks, and with multiples of 8), gguf and stock, by the default method; texts, windows and
+model are those of ``quality.py``. Beside each perplexity are the parameters of the checkpoint and what it has once
+written for other engines, with the zeros that their formats ask for. The checkpoints, which other benchmarks take, are
+written into DIR. Writes ``results/profiles.json`` and ``results/profiles.md`` after every row; started again, it goes
+on with what is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from modegpt.report import build_report
 from modegpt.sources import ModelSource
 from results_file import RESULTS, header, table, write
 
-PROFILES = ("full", "gguf", "stock")
+#: The profile and the alignment of ranks.
+SETTINGS = (("full", 1), ("full", 8), ("gguf", 1), ("stock", 1))
 
 
 def main() -> None:
@@ -46,19 +48,35 @@ def main() -> None:
     results |= {"calibration": given.calibration.model_dump(), "seed": 0, "rows": []}
     results["tokens_sha256"] = {name: windows.sha256() for name, windows in given.texts.items()}
     results["dense"] = {"perplexity": perplexities(given.model, given.texts), **sizes(given.model)}
+    results["rows"] = previous_rows(arguments.output, results)
     engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
     with engine.active():
-        for ratio, profile in itertools.product(arguments.ratios, PROFILES):
-            config = CompressionConfig.validated(ratio=ratio, method="greedy", profile=profile)
+        for ratio, (profile, align) in itertools.product(arguments.ratios, SETTINGS):
+            row: dict[str, Any] = {"profile": profile, "align": align, "ratio": ratio}
+            directory = arguments.checkpoints / checkpoint_name(row)
+            if directory.is_dir() and any(other.items() >= row.items() for other in results["rows"]):
+                continue
+            config = CompressionConfig.validated(ratio=ratio, method="greedy", profile=profile, align=align)
             compression = engine.run(config)
-            row = {"profile": profile, "ratio": ratio, **sizes(compression.model)}
-            row |= {"perplexity": perplexities(compression.model, given.texts)}
+            row |= sizes(compression.model) | {"perplexity": perplexities(compression.model, given.texts)}
             report = build_report(given.model, compression, config, given.calibration, command=results["command"])
-            directory = arguments.checkpoints / f"{profile}-{round(100 * ratio)}"
             modegpt.save(compression.model, directory, tokenizer=tokenizer, report=report, overwrite=True)
             results["rows"].append(row)
             print(json.dumps(row), flush=True)
             write(results, arguments.output, text_of(results))
+
+
+def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run, if it was the same."""
+    previous = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(previous.get(key) == results[key] for key in ("command", "versions", "calibration", "tokens_sha256"))
+    return list(previous["rows"]) if same else []
+
+
+def checkpoint_name(row: dict[str, Any]) -> str:
+    """The directory of a row's model."""
+    aligned = f"-by-{row['align']}" if row["align"] > 1 else ""
+    return f"{row['profile']}-{round(100 * row['ratio'])}{aligned}"
 
 
 def sizes(model: PreTrainedModel) -> dict[str, int]:
@@ -70,17 +88,22 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
     return {"parameters": model.num_parameters(), "gguf": gguf, "stock": stock.num_parameters()}
 
 
+def order(row: dict[str, Any]) -> tuple[float, int]:
+    """Of the lines of the table."""
+    return row["ratio"], SETTINGS.index((row["profile"], row["align"]))
+
+
 def text_of(results: dict[str, Any]) -> str:
     """The table, the dense model first."""
     names = list(results["dense"]["perplexity"])
     lines = []
-    for row in [results["dense"], *results["rows"]]:
-        removed = [row["profile"], f"{row['ratio']:.0%}"] if "profile" in row else ["dense", ""]
+    for row in [results["dense"], *sorted(results["rows"], key=order)]:
+        removed = [row["profile"], str(row["align"]), f"{row['ratio']:.0%}"] if "profile" in row else ["dense", "", ""]
         counts = [f"{row[kind] / 1e6:.2f}" for kind in ("parameters", "gguf", "stock")]
         lines.append([*removed, *(f"{row['perplexity'][name]:.2f}" for name in names), *counts])
     text = f"Perplexity, calibrated on {results['calibration']['source']}, and parameters in millions: of the "
     text += "checkpoint, of its GGUF file, of the plain Llama.\n\n"
-    columns = ["profile", "removed of the blocks", *names, "checkpoint", "as gguf", "as stock"]
+    columns = ["profile", "multiples of", "removed of the blocks", *names, "checkpoint", "as gguf", "as stock"]
     return text + table(columns, lines)
 
 

@@ -342,21 +342,22 @@ def test_profiles_are_measured_on_what_they_write(
     checkpoints: tuple[Path, Path], wider: Path, other_text_file: Path
 ) -> None:
     results = json.loads(checkpoints[0].read_text())
-    assert [row["profile"] for row in results["rows"]] == ["full", "gguf", "stock"]
-    for row in results["rows"]:
-        small = modegpt.load(checkpoints[1] / f"{row['profile']}-20")
+    names = ["full-20", "full-20-by-8", "gguf-20", "stock-20"]
+    for row, name in zip(results["rows"], names, strict=True):
+        small = modegpt.load(checkpoints[1] / name)
         windows = first_windows(
             tokenize(AutoTokenizer.from_pretrained(wider), other_text_file.read_text()), 2, 64, what="test"
         )
         assert row["perplexity"]["test"] == pytest.approx(modegpt.perplexity(small, windows), rel=1e-5)
-        assert small.compression_report.options["profile"] == row["profile"]
+        options = small.compression_report.options
+        assert (options["profile"], options["align"]) == (row["profile"], row["align"])
         assert row["parameters"] == small.num_parameters() <= min(row["gguf"], row["stock"])
         if row["profile"] != "full":  # nothing is filled up
             assert row["parameters"] == row[row["profile"]]
     dense = results["dense"]
     assert dense["parameters"] == dense["stock"] == LlamaForCausalLM.from_pretrained(wider).num_parameters()
     table = checkpoints[0].with_suffix(".md").read_text()
-    assert f"| gguf | 20% | {results['rows'][1]['perplexity']['test']:.2f} |" in table
+    assert f"| gguf | 1 | 20% | {results['rows'][2]['perplexity']['test']:.2f} |" in table
     assert str(checkpoints[1]) not in table + checkpoints[0].read_text()
 
 
@@ -404,7 +405,7 @@ def test_sizes_and_perplexities_of_rounded_models(
         (model, kind) for model in ("dense", "gguf-20") for kind in ("f16", "q8_0")
     ]
     profiles = json.loads(checkpoints[0].read_text())
-    wanted = [profiles["dense"]["perplexity"]["test"], profiles["rows"][1]["perplexity"]["test"]]
+    wanted = [profiles["dense"]["perplexity"]["test"], profiles["rows"][2]["perplexity"]["test"]]
     found = [row["perplexity"]["test"] for row in results["rows"] if row["type"] == "f16"]
     assert found == pytest.approx(wanted, rel=1e-2)
     assert found != wanted
