@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ import torch
 import modegpt
 from helpers import compress_arguments, compress_interrupted, run_cli, tiny_llama, token_windows
 from modegpt.alignment import ALIGNMENTS, TOKENS, Alignment, Width, measure_alignments, widths_of
-from modegpt.config import RunConfig
+from modegpt.config import CompressionConfig, RunConfig
 from modegpt.engine import Engine
 from modegpt.layered import resident
 from modegpt.methods import ModeGPT
+from modegpt.parallel import Workers
 
 
 @pytest.mark.parametrize("full", [64, 1536, 11008])
@@ -61,16 +63,44 @@ def test_what_leaves_no_choice_is_not_measured() -> None:
         assert all(len(row) == len(TOKENS) and min(row) > 0 for row in found.values())
 
 
+def test_the_caller_draws_the_same_numbers_as_without() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    measure_alignments([Width(16, 64, 2, 2)], 0.3, torch.float32, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_all_workers_go_by_what_the_first_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is told; it measures nothing itself."""
+    chosen_to_be(8, monkeypatch)
+    told: list[Any] = []
+
+    class Second(Workers):
+        rank, size = 1, 2
+
+        def tell(self, value: Any, source: int = 0) -> Any:
+            told.append(value)
+            return None if len(told) == 1 else [[1, [1.0, 1.0]], [2, [0.5, 0.5]]]
+
+    config = CompressionConfig.validated(ratio=0.3, method="modegpt", align="auto")
+    engine = Engine(resident(tiny_llama()), token_windows(), 4)
+    assert engine.fastest_alignment(config).chosen == 8
+    engine.workers = Second()
+    assert engine.fastest_alignment(config).chosen == 2
+    assert told == [None, []]
+
+
 def chosen_to_be(alignment: int, patch: pytest.MonkeyPatch) -> None:
     """Let the measurement find ``alignment`` fastest."""
     seconds = {one: [1.0 if one == alignment else 2.0] * len(TOKENS) for one in ALIGNMENTS}
     patch.setattr("modegpt.engine.measure_alignments", lambda *_: seconds)
 
 
-@pytest.mark.parametrize("method", ["modegpt", "svd"])
+@pytest.mark.parametrize("method", ["modegpt", "magnitude"])
 def test_ranks_are_those_of_the_alignment_that_was_fastest(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen_to_be(4, monkeypatch)
-    windows = None if method == "svd" else token_windows()
+    windows = None if method == "magnitude" else token_windows()
     options = {"method": method, "ratio": 0.3} | ({} if windows is None else {"calibration": windows})
     auto, four = (modegpt.compress(tiny_llama(), align=align, **options) for align in ("auto", 4))
     assert all(torch.equal(a, b) for a, b in zip(auto.state_dict().values(), four.state_dict().values(), strict=True))
@@ -81,12 +111,17 @@ def test_ranks_are_those_of_the_alignment_that_was_fastest(method: str, monkeypa
     assert four.compression_report.alignment is None
 
 
-def test_a_real_measurement_in_the_command(tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+def test_a_real_measurement_in_the_command(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modegpt.alignment.CHOICES", 2)  # heads have eight channels
     small = tmp_path / "small"
     outcome = run_cli(*compress_arguments(tiny_checkpoint, small, text_file, "--align", "auto", "--evaluate", "none"))
     assert outcome.code == 0, outcome.err
-    chosen = modegpt.CompressionReport.read(small).alignment.chosen
-    assert chosen == 1  # of heads with eight channels
+    found = modegpt.CompressionReport.read(small).alignment
+    chosen = found.chosen
+    assert list(found.seconds) == [1, 2, 4]
+    assert Alignment.of(found.seconds).chosen == chosen
     assert f"Ranks are rounded to multiples of {chosen} channels, which measured fastest" in outcome.err
     assert re.search(rf"Ranks are multiples of \(measured\) .* {chosen} ", run_cli("inspect", small).out)
 
@@ -115,6 +150,7 @@ def test_an_interrupted_run_goes_on_with_what_it_measured(
         (("--align", "fast"), "--align 'fast'"),
         (("--align", 0), "--align '0'"),
         (("--align", "auto", "--method", "shortgpt"), "--align auto: no channels are removed from layer"),
+        (("--align", "auto", "--method", "svd"), "--align auto: --method svd makes two maps of each; give a number"),
         (("--align", "auto", "--target-size", "1MB"), "--align auto goes with --ratio, not --target-size"),
     ],
 )

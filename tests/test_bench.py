@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import modegpt
+from family_table import BY_NAME
 from helpers import compress_arguments, run_cli, tiny_llama, token_windows
-from modegpt.bench import Load, Ratio, Timing, macs_per_token, measure
+from modegpt.bench import Load, Ratio, Timing, macs_per_token, measure, odd_share
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,34 @@ def test_cache_and_weights_are_those_of_the_model(tiny_checkpoint: Path, small: 
         assert timing.peak_bytes > speed.weight_bytes + timing.cache_bytes + logits
         assert len(timing.prefill) == len(timing.steps) == 2
         assert [len(steps) for steps in timing.steps] == [5, 5]
+
+
+def test_the_same_model_again_needs_the_same_memory(tiny_checkpoint: Path) -> None:
+    load = Load(batch_sizes=[1, 2, 1], sequence_length=16, new_tokens=3, repeats=1)
+    first, second = measure([str(tiny_checkpoint)] * 2, load)
+    peaks = [[timing.peak_bytes for timing in speed.timings] for speed in (first, second)]
+    assert peaks[0] == peaks[1]
+    assert peaks[0][0] == peaks[0][2] < peaks[0][1]
+
+
+def test_experts_are_counted() -> None:
+    """Of each token those that it is sent to."""
+    model = BY_NAME["mixtral"].build()
+    config, layers = model.config, model.config.num_hidden_layers
+    experts = config.num_experts_per_tok * 3 * config.hidden_size * config.intermediate_size
+    maps = sum(map_.weight.numel() for map_ in model.modules() if isinstance(map_, nn.Linear))
+    router = sum(layer.mlp.gate.weight.numel() for layer in model.model.layers)
+    expected = maps + router + layers * experts + 8 * attention_channels(model)[0]
+    assert macs_per_token(model, 8) == expected
+
+
+def test_odd_widths_are_shown() -> None:
+    model = tiny_llama(hidden_size=32, intermediate_size=48, vocab_size=128)
+    assert odd_share(model) == 0
+    model = tiny_llama(hidden_size=32, intermediate_size=50, vocab_size=128)
+    mlps = 3 * 3 * 32 * 50
+    maps = sum(map_.weight.numel() for map_ in model.modules() if isinstance(map_, nn.Linear))
+    assert odd_share(model) == mlps / maps
 
 
 def test_models_take_turns(tiny_checkpoint: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +143,7 @@ def test_the_command_prints_and_keeps_all_numbers(tiny_checkpoint: Path, small: 
         (("--repeats", 0), "--repeats 0: must be at least 1"),
         (("--new-tokens", 0), "--new-tokens 0: must be at least 1"),
         (("--threads", 0), "--threads 0: must be at least 1"),
-        (("--sequence-length", 120), "--sequence-length 152"),
+        (("--sequence-length", 120), "--sequence-length and --new-tokens: 152 tokens exceeds the model's 128"),
         (("--output", "speed.txt"), "--output 'speed.txt': name a .json file"),
     ],
 )

@@ -27,6 +27,8 @@ USUAL_RATIO = 0.3
 WORTH = 0.05
 #: Each alignment is timed so often, in turn with the others.
 REPEATS = 9
+#: Where one turn of all takes so many seconds there are but two more.
+SLOW = 2.0
 #: One time is of so many seconds of products at least.
 SPAN = 0.005
 
@@ -106,32 +108,34 @@ def _seconds(
     device: torch.device,
 ) -> list[float]:
     """For each parameter, by alignment: the least of some repeats, in each of which every alignment has its turn."""
-    works = [_products(widths, ratio, alignment, tokens, dtype, device) for alignment in candidates]
-    times = max(1, round(SPAN / max(1e-9, min(_timed(work, 1, device) for work, _ in works))))
+    full = [(width.maps, width.hidden * width.heads * width.full) for width in widths]
+    weights = [torch.ones(size, dtype=dtype, device=device) for size in full]
+    works = [_products(widths, weights, ratio, alignment, tokens) for alignment in candidates]
+    first = [_timed(work, 1, device) for work, _ in works]
+    times, repeats = max(1, round(SPAN / max(1e-9, min(first)))), REPEATS if sum(first) < SLOW else 2
     found: list[list[float]] = [[] for _ in works]
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for (work, parameters), own in zip(works, found, strict=True):
             own.append(_timed(work, times, device) / parameters)
     return [min(own) for own in found]
 
 
 def _products(
-    widths: Sequence[Width], ratio: float, alignment: int, tokens: int, dtype: torch.dtype, device: torch.device
+    widths: Sequence[Width], weights: Sequence[torch.Tensor], ratio: float, alignment: int, tokens: int
 ) -> tuple[Callable[[], None], int]:
-    """A call that does the products of all ``widths`` once, and the parameters in it."""
+    """A call that does the products of all ``widths`` once, with parts of their ``weights``, and the parameters."""
     pairs, parameters = [], 0
-    for width in widths:
+    for width, weight in zip(widths, weights, strict=True):
         channels = width.channels(ratio, alignment)
         parameters += width.parameters(channels)
         count = width.heads * channels
-        to = [torch.randn(count, width.hidden, dtype=dtype, device=device) for _ in range(width.maps - width.maps // 2)]
-        back = [torch.randn(width.hidden, count, dtype=dtype, device=device) for _ in range(width.maps // 2)]
-        inputs = (torch.randn(tokens, size, dtype=dtype, device=device) for size in (width.hidden, count))
-        pairs += [(x, weight) for x, weights in zip(inputs, (to, back), strict=True) for weight in weights]
+        for place, part in enumerate(weight[:, : count * width.hidden]):
+            matrix = part.view(width.hidden, count) if place < width.maps // 2 else part.view(count, width.hidden)
+            pairs.append((weight.new_ones(tokens, matrix.shape[1]), matrix))
 
     def work() -> None:
-        for x, weight in pairs:
-            torch.nn.functional.linear(x, weight)
+        for x, matrix in pairs:
+            torch.nn.functional.linear(x, matrix)
 
     return work, parameters
 

@@ -7,6 +7,7 @@ ratios are taken within a repeat.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -28,6 +30,8 @@ from .data import check_length
 from .errors import InvalidRequest
 from .progress import Progress
 
+#: Kernels like widths that are multiples of it.
+KIND = 8
 #: Of the latencies of single tokens.
 PERCENTILES = (50, 90, 99)
 
@@ -105,6 +109,9 @@ class Speed:
     weight_bytes: int
     macs_per_token: float
     """Multiplications of matrix products and attention for each token of a prompt."""
+    dtype: str
+    odd: float
+    """The share of the linear maps' parameters in maps with a width that is no multiple of :data:`KIND`."""
     device: torch.device
     timings: list[Timing]
 
@@ -127,7 +134,7 @@ class Speed:
                     "seconds": {"prefill": own.prefill, "steps": own.steps},
                 }
             )
-        names = ("model", "parameters", "weight_bytes", "macs_per_token")
+        names = ("model", "parameters", "weight_bytes", "macs_per_token", "dtype", "odd")
         return {name: getattr(self, name) for name in names} | {"rows": rows}
 
 
@@ -179,7 +186,7 @@ def measure(
     opened = [open_model(one, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for one in addresses]
     configs: list[PreTrainedConfig] = [config for _, config, _ in opened]
     for config in configs:
-        check_length(load.positions, config)
+        check_length(load.positions, config, what=f"--sequence-length and --new-tokens: {load.positions} tokens")
     with progress.phase("load", len(opened)):
         models: list[PreTrainedModel] = []
         for _, _, open_it in opened:
@@ -198,6 +205,8 @@ def measure(
             model.num_parameters(),
             weight_bytes(model),
             macs_per_token(model, load.sequence_length),
+            str(model.dtype).removeprefix("torch."),
+            odd_share(model),
             model.device,
             own,
         )
@@ -246,12 +255,12 @@ def _now(device: torch.device) -> float:
 
 
 def _measure_memory(model: PreTrainedModel, ids: torch.Tensor, load: Load, timing: Timing) -> None:
-    found: list[DynamicCache] = []
-    more = _peak_of(lambda: found.append(_run(model, ids, load.new_tokens)[1]), model.device)
-    timing.peak_bytes = weight_bytes(model) + more
-    for layer in found[0].layers:
-        for tensor in (getattr(layer, name, None) for name in ("keys", "values")):
-            timing.cache_bytes += 0 if tensor is None else tensor.numel() * tensor.element_size()
+    def work() -> None:  # nothing of it stays
+        _, cache = _run(model, ids, load.new_tokens)
+        tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+        timing.cache_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    timing.peak_bytes = weight_bytes(model) + _peak_of(work, model.device)
 
 
 def _peak_of(work: Callable[[], object], device: torch.device) -> int:
@@ -267,13 +276,24 @@ def _peak_of(work: Callable[[], object], device: torch.device) -> int:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_bytes())["traceEvents"]
-    return max((event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"), default=0)
+        events = [one for one in json.loads(path.read_bytes())["traceEvents"] if one["name"] == "[memory]"]
+    changes = [event["args"] for event in sorted(events, key=lambda one: float(one["ts"]))]
+    if not changes:
+        return 0
+    before = changes[0]["Total Allocated"] - changes[0]["Bytes"]  # what earlier profiles saw made and not freed
+    return int(max(change["Total Allocated"] for change in changes) - before)
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """What the parameters take, tied ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def odd_share(model: PreTrainedModel) -> float:
+    """Of the linear maps' parameters, those in maps with a width that is no multiple of :data:`KIND`."""
+    sizes = [one.weight.shape for one in model.modules() if isinstance(one, nn.Linear)]
+    odd = [size for size in sizes if any(width % KIND for width in size)]
+    return sum(map(math.prod, odd)) / max(1, sum(map(math.prod, sizes)))
 
 
 @torch.inference_mode()
@@ -282,11 +302,13 @@ def macs_per_token(model: PreTrainedModel, length: int) -> float:
 
     Attention counts as full products, though the causal half suffices.
     """
-    own = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # fused kernels for CPUs are not counted
+    own, experts = model.config._attn_implementation, model.get_experts_implementation()
+    model.set_attn_implementation("eager")  # fused and grouped kernels are not counted
+    model.set_experts_implementation("eager")
     try:
         with FlopCounterMode(display=False) as counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.int64, device=model.device), use_cache=False)
     finally:
         model.set_attn_implementation(own)
+        model.set_experts_implementation(experts)
     return float(counter.get_total_flops()) / 2 / length

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .bench import PERCENTILES, Load, Ratio, Speed, Timing
+from .bench import KIND, PERCENTILES, Load, Ratio, Speed, Timing
 from .comparison import ModelScores, TextScore
 from .console import gigabytes, megabytes, say
 from .tasks import TaskScore, degradation, mean
@@ -59,11 +59,12 @@ def print_speeds(console: Console, speeds: Sequence[Speed], load: Load) -> None:
     """What the models are, and how fast, with ratios to the first."""
     names = model_names([speed.model for speed in speeds])
     table = Table(title="Size", title_justify="left", box=SIMPLE_HEAD)
-    for head in ("model", "parameters", "weights", "multiplications per token"):
-        table.add_column(head, justify="left" if head == "model" else "right")
+    for head in ("model", "parameters", "weights", "multiplications per token", f"not by {KIND}"):
+        table.add_column(head, justify="left" if head == "model" else "right", overflow="fold")
     for name, speed in zip(names, speeds, strict=True):
         count = f"{speed.parameters / 1e6:,.1f} M"
-        table.add_row(escape(name), count, _bytes(speed.weight_bytes), f"{speed.macs_per_token / 1e6:,.1f} M")
+        macs = f"{speed.macs_per_token / 1e6:,.1f} M"
+        table.add_row(escape(name), count, _bytes(speed.weight_bytes), macs, f"{speed.odd:.0%}")
     console.print(table)
     title = (
         f"Prompts of {load.sequence_length} tokens, then {load.new_tokens} one by one; times as fast as the first model"
@@ -85,7 +86,7 @@ def _by_load(
     """For each number of sequences a line for every model, with the ``cells`` of its timing and the first model's."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for head in ("sequences", "model", *heads):
-        table.add_column(head, justify="left" if head == "model" else "right")
+        table.add_column(head, justify="left" if head == "model" else "right", overflow="fold")
     for place, first in enumerate(speeds[0].timings):
         for name, speed in zip(names, speeds, strict=True):
             own = speed.timings[place]
@@ -113,9 +114,9 @@ def _bytes(count: float) -> str:
 def _table(title: str, heads: Sequence[str], scores: Sequence[ModelScores]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for head in heads:
-        table.add_column(head, justify="right" if head == "items" else "left")
+        table.add_column(head, justify="right" if head == "items" else "left", overflow="fold")
     for name in model_names([one.model for one in scores]):
-        table.add_column(escape(name), justify="right")
+        table.add_column(escape(name), justify="right", overflow="fold")
     return table
 
 

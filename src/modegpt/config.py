@@ -146,7 +146,7 @@ class CompressionConfig(BaseModel):
     align: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1,
         description="Round ranks to multiples of this many channels; 8 to 64 can suit a GPU's kernels better. 'auto' "
-        "takes what the layers' products are fastest by on this device, by a measurement of seconds.",
+        "takes what the layers' products are fastest by on this device, measured first.",
     )
     ridge: Annotated[float, Field(ge=1e-12, le=1e6)] = Field(
         default_factory=_of_method(lambda method: method.default_ridge),
@@ -205,6 +205,8 @@ class CompressionConfig(BaseModel):
             raise ValueError(f"--align auto goes with --ratio, not {_option(given[0])}; give a number")
         if self.align == "auto" and not {"mlp", "qk", "vo"} & set(self.modules):
             raise ValueError(f"--align auto: no channels are removed from {','.join(self.modules)}; leave it out")
+        if self.align == "auto" and not METHODS[self.method].narrows:
+            raise ValueError(f"--align auto: --method {self.method} makes two maps of each; give a number")
         if self.ratio is None and self.ratio_of != "blocks":
             raise ValueError(f"--ratio-of {self.ratio_of} goes with --ratio, not {_option(given[0])}")
         # A profile's own allocation, where no other is asked for.

@@ -244,11 +244,12 @@ def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return torch.tensor(sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)))
 
 
-def check_length(length: int, config: PreTrainedConfig) -> None:
-    """Refuse windows longer than the model's positions."""
+def check_length(length: int, config: PreTrainedConfig, what: str | None = None) -> None:
+    """Refuse windows longer than the model's positions; ``what`` says where they come from."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise InvalidRequest(f"--sequence-length {length} exceeds the model's {limit} positions; use at most that")
+        what = what or f"--sequence-length {length}"
+        raise InvalidRequest(f"{what} exceeds the model's {limit} positions; use at most that")
 
 
 def _require(available: int, needed: int, purpose: str, reserved: int = 0) -> None:

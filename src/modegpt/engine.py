@@ -152,8 +152,12 @@ class Engine:
         shape = self._heads(self.dense.layers[index])
         widths = widths_of(self.geometry(method)[index], shape, dense.config.hidden_size, config.modules)
         ratio, device = config.ratio or USUAL_RATIO, self.dense.device
-        rows = self.once("alignment", lambda: list(measure_alignments(widths, ratio, dense.dtype, device).items()))
-        found = Alignment.of(dict(rows))
+
+        def measured() -> list[Any]:  # by one worker: another would find other times
+            found = measure_alignments(widths, ratio, dense.dtype, device) if self.workers.first else {}
+            return self.workers.tell(list(found.items()))
+
+        found = Alignment.of(dict(self.once("alignment", measured)))
         self.progress.note(f"Ranks are rounded to multiples of {found.chosen} channels, which measured fastest")
         return found
 

@@ -125,6 +125,8 @@ class Method(ABC):
     """What the solvers read."""
     tied: ClassVar[bool] = False
     """Whether all heads can be made to keep the same rotary pairs, see :mod:`modegpt.tied`."""
+    narrows: ClassVar[bool] = True
+    """Whether its ranks are widths of the layer's own maps."""
     one_pass: ClassVar[bool] = False
     """Whether one pass over the dense layers is all that choosing and compressing take together."""
 

@@ -121,6 +121,7 @@ class FactorisedLayer(LayerGeometry):
 class Factorised(ChannelMethod):
     """Truncated decompositions of the maps weighted by a root of some matrix, which is what subclasses differ in."""
 
+    narrows = False
     whitened: ClassVar[bool] = False
     """Whether the root is a whole matrix."""
 
