@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -355,6 +356,27 @@ def test_what_cannot_be_measured_is_refused(
     assert "Loading the model" not in outcome.err
 
 
+PIQA = {"goal": "a", "sol1": "b", "sol2": "c", "label": 1}
+MIXED = "\n".join(map(json.dumps, (PIQA, PIQA | {"goal": [5]})))
+
+
+def test_too_few_rows_for_examples(models: tuple[Path, Path], tmp_path: Path) -> None:
+    for split in ("val", "train"):
+        (tmp_path / f"piqa_{split}.jsonl").write_text("\n".join([json.dumps(PIQA)] * 2))
+    outcome = run_cli("evaluate", models[0], "--tasks", "piqa", "--task-data", tmp_path, "--num-fewshot", 3)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--num-fewshot 3: piqa has 2 rows to draw examples from" in outcome.err
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(models: tuple[Path, Path], questions: tuple[Path, Any]) -> None:
+    tokenizer, _, load = open_model(str(models[0]))
+    model = load()
+    gone = weakref.ref(model)
+    Tasks(["copa"], questions[0], limit=2).read().scores(model, tokenizer)
+    del model
+    assert gone() is None
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
@@ -363,6 +385,10 @@ def test_what_cannot_be_measured_is_refused(
         ("piqa_val.jsonl.gz", "{}", "piqa_val.jsonl.gz cannot be read"),
         ("piqa_val.jsonl", '{"goal": "a", "sol1": "b", "sol2": "c"}', "a row of .* has no 'label'; baber/piqa has"),
         ("piqa_val.jsonl", '{"goal": "a", "sol1": "b", "sol2": "c", "label": "x"}', "a row of .* is not one of"),
+        ("piqa_val.jsonl", '{"goal": "a", "sol1": "b", "sol2": "c", "label": -1}', "the answer -1 is none of 0, 1"),
+        ("piqa_val.jsonl", "", "--tasks piqa: piqa_val.jsonl has no row"),
+        ("piqa_val.jsonl", "[1, 2]", "a line of .*piqa_val.jsonl is no JSON object"),
+        ("piqa_val.jsonl", MIXED, "--tasks piqa cannot read piqa_val.jsonl: "),
     ],
 )
 def test_rows_that_are_none_are_refused(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,8 @@ def made(tiny_checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPa
 
 def page(output: Path, *arguments: object) -> tuple[Outcome, str]:
     outcome = run_cli("report", *arguments, "--output", output)
-    return outcome, output.read_text() if output.exists() else ""
+    assert outcome.code == 0, outcome.err
+    return outcome, output.read_text()
 
 
 class Cells(HTMLParser):
@@ -80,9 +84,10 @@ def test_all_that_is_known_of_several_models(made: Path, tmp_path: Path) -> None
     bench = json.loads((made / "bench.json").read_text())
     for one in bench["models"]:
         for row in one["rows"]:
-            (shown,) = [
-                cell for cell in cells.rows if cell[0] == f"{Path(one['model']).name}, {row['batch_size']} at once"
-            ]
+            at_once = f"{Path(one['model']).name}, {row['batch_size']} at once"
+            shown, latencies = [cell for cell in cells.rows if cell[0] == at_once]
+            seconds = [row["first_token_seconds"], *row["token_seconds"].values()]
+            assert latencies[1:5] == [f"{1000 * second:,.1f}" for second in seconds]
             assert shown[1] == f"{row['prefill_tokens_per_second']:,.0f}"
             assert shown[4].startswith(f"{row['decode_ratio'][0]:.2f} (")
     for name in ("greedy", "paper"):
@@ -118,7 +123,7 @@ def test_the_same_page_every_time(made: Path, tmp_path: Path) -> None:
 
 
 def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) -> None:
-    evil = "<script>alert('$x^2$')</script>"
+    evil = "<script>'$x^2$'"  # short, and without a slash, so that names and labels have all of it
     copy = tmp_path / "copy"
     shutil.copytree(made / "paper", copy)
     report = json.loads((copy / "compression.json").read_text())
@@ -134,7 +139,11 @@ def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) ->
     outcome, text = page(tmp_path / "r.html", copy, made / "greedy", *results)
     assert outcome.code == 0, outcome.err
     assert "<script" not in text
-    assert "&lt;script&gt;" in text
+    figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert sum("&lt;script&gt;" in figure for figure in figures) >= 2  # of sizes and of speeds
+    assert text.count("&lt;script&gt;") > "".join(figures).count("&lt;script&gt;") + 4
+    for heading in ("Size", "Quality", "Speed"):
+        assert f"<h2>{heading}</h2>" in text
 
 
 def test_curves_in_the_report_are_the_errors_at_every_rank(made: Path) -> None:
@@ -235,8 +244,47 @@ def test_half_a_checkpoint_is_not_pushed(
 
 
 def test_what_the_hub_refuses_is_one_line(made: Path) -> None:
-    """Without a network this is what a user sees too."""
     outcome = run_cli("push", made / "greedy", "a/b/c")
     assert outcome.code == 2
-    assert outcome.err.startswith("modegpt: 'a/b/c': the hub refuses: ")
+    assert outcome.err.startswith("modegpt: 'a/b/c' cannot be uploaded: ")
     assert outcome.err.count("\n") == 1
+
+
+def test_without_a_connection_there_is_one_line_too(made: Path) -> None:
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none"}
+    command = [sys.executable, "-m", "modegpt", "push", str(made / "greedy"), "me/greedy"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "modegpt: 'me/greedy' cannot be uploaded: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_shard_is_noticed(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "greedy", tmp_path / "half")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "half" / "model.safetensors.index.json").write_text(json.dumps(index))
+    outcome = run_cli("push", tmp_path / "half", "me/half")
+    assert outcome.code == 2
+    assert "has no model-00002-of-00002.safetensors" in outcome.err
+
+
+def test_more_models_than_colours_and_several_files_of_speeds(made: Path, tmp_path: Path) -> None:
+    speeds = json.loads((made / "bench.json").read_text())
+    speeds["models"] = [speeds["models"][0] | {"model": f"_{number}"} for number in range(8)]
+    (tmp_path / "many.json").write_text(json.dumps(speeds))
+    files = ("--bench", tmp_path / "many.json", "--bench", made / "bench.json")
+    _, text = page(tmp_path / "r.html", made / "paper", *files, "--figures", tmp_path / "figures")
+    assert {"speed.png", "speed-2.png"} <= {path.name for path in (tmp_path / "figures").iterdir()}
+    figure = (tmp_path / "figures" / "speed.svg").read_text()
+    assert all(f" _{number}<" in figure for number in range(8))
+    assert text.count("<h2>Speed</h2>") == 2
+
+
+def test_metrics_that_are_no_share_are_not_percents(made: Path, tmp_path: Path) -> None:
+    found = json.loads((made / "evaluation.json").read_text())
+    task = {"metrics": {"word_perplexity": 20.5}, "errors": {"word_perplexity": None}, "shown": "word_perplexity"}
+    found["models"][0]["tasks"] = {"wikitext": task | {"is_accuracy": False, "items": 3}}
+    (tmp_path / "e.json").write_text(json.dumps(found))
+    _, text = page(tmp_path / "r.html", made / "paper", "--evaluation", tmp_path / "e.json")
+    (row,) = [row for row in Cells(text).rows if row[0] == "wikitext (word_perplexity)"]
+    assert row[1:] == ["20.500", "", ""]

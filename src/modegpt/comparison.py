@@ -82,7 +82,7 @@ class ModelScores:
         """For a results file, with the comparison with the ``first`` model."""
         facts = asdict(self)
         for name, score in self.tasks.items():
-            facts["tasks"][name]["shown"] = score.shown
+            facts["tasks"][name] |= {"shown": score.shown, "is_accuracy": score.is_accuracy}
         if (average := mean(self.tasks)) is not None:
             facts["mean"] = {"accuracy": average[0], "error": average[1]}
             facts["mean"]["degradation"] = degradation(self.tasks, first.tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,13 @@ def _by_module(report: CompressionReport, value: Callable[[LayerFacts, Module], 
 
 
 def _short(label: str) -> str:
-    """What fits into a legend."""
-    return label if len(label) <= _LABEL else f"...{label[-_LABEL:]}"
+    """What fits into a legend, which leaves out labels that begin with an underscore."""
+    return f" {label}" if len(label) <= _LABEL else f"...{label[-_LABEL:]}"
 
 
 def _lines(values: Mapping[Module, Any]) -> Callable[[Any], None]:
     def draw(axes: Any) -> None:
-        for (module, (layers, height)), colour in zip(values.items(), _COLOURS, strict=False):
+        for (module, (layers, height)), colour in zip(values.items(), cycle(_COLOURS), strict=False):
             axes.plot(layers, height, "o-", ms=3, lw=1.4, color=colour, label=module.upper())
         axes.set_ylim(bottom=0)
 
@@ -102,13 +103,15 @@ def _lines(values: Mapping[Module, Any]) -> Callable[[Any], None]:
 
 def layer_plots(report: CompressionReport, name: str) -> list[Plot]:
     """What every layer kept and lost, why, and the curves that were cut; ``name`` begins the names of files."""
-    kept = _by_module(report, lambda layer, module: 100 * layer.modules[module].rank / layer.modules[module].full)
+    kept = _by_module(
+        report, lambda layer, module: 100 * layer.modules[module].rank / max(1, layer.modules[module].full)
+    )
     errors = _by_module(report, lambda layer, module: layer.modules[module].relative_error)
     plots = [
         _plot(f"{name}-ranks", "Kept of each layer's modules.", _lines(kept), ("layer", "kept, %")),
         _plot(
             f"{name}-errors",
-            "Relative error of each compressed module by itself, on the calibration text.",
+            "Relative error of each compressed module by itself, in the method's own objective.",
             _lines(errors),
             ("layer", "relative error"),
         ),
@@ -124,10 +127,10 @@ def layer_plots(report: CompressionReport, name: str) -> list[Plot]:
 
 def _scores(report: CompressionReport, name: str) -> Plot:
     columns = list(zip(*(layer.scores or [] for layer in report.layers), strict=False))
-    kinds = ["attention", "MLP"] if len(columns) == 2 else [str(report.options["allocation"])]
+    kinds = ["attention", "MLP"] if len(columns) == 2 else [str(report.options.get("allocation"))]
 
     def draw(axes: Any) -> None:
-        for kind, column, colour in zip(kinds, columns, _COLOURS, strict=False):
+        for kind, column, colour in zip(kinds, columns, cycle(_COLOURS), strict=False):
             axes.plot(column, "o-", ms=3, lw=1.4, color=colour, label=kind)
 
     return _plot(f"{name}-scores", "Scores of the layers, by which they shared the loss.", draw, ("layer", "score"))
@@ -138,7 +141,7 @@ def _curves(report: CompressionReport, name: str) -> list[Plot]:
     plots = []
     for module in report.layers[0].modules:
         facts = [layer.modules[module] for layer in report.layers if module in layer.modules]
-        known = [one for one in facts if one.curve and len(one.curve) == len(curve_ranks(one.full))]
+        known = [one for one in facts if one.curve and one.full > 0 and len(one.curve) == len(curve_ranks(one.full))]
         if not known:
             continue
 
@@ -169,7 +172,7 @@ def size_plot(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> Plot:
     """Perplexity against size: for each text the millions of parameters, the perplexity and the model's name."""
 
     def draw(axes: Any) -> None:
-        for (text, found), colour in zip(points.items(), _COLOURS, strict=False):
+        for (text, found), colour in zip(points.items(), cycle(_COLOURS), strict=False):
             ordered = sorted(found)
             axes.plot([size for size, _, _ in ordered], [value for _, value, _ in ordered], "o-", ms=4, lw=1.4,
                       color=colour, label=_short(text))  # fmt: skip
@@ -179,17 +182,17 @@ def size_plot(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> Plot:
     return _plot("size", caption, draw, ("million parameters", "perplexity"))
 
 
-def speed_plot(bars: Mapping[str, Mapping[str, float]]) -> Plot:
+def speed_plot(name: str, bars: Mapping[str, Mapping[str, float]]) -> Plot:
     """Times the first model's speed: for each load, by model."""
     models = list(dict.fromkeys(model for load in bars.values() for model in load))
     width = 0.8 / max(1, len(models))
 
     def draw(axes: Any) -> None:
-        for place, (model, colour) in enumerate(zip(models, _COLOURS, strict=False)):
+        for place, (model, colour) in enumerate(zip(models, cycle(_COLOURS), strict=False)):
             heights = [load.get(model, 0.0) for load in bars.values()]
             axes.bar([one + (place - (len(models) - 1) / 2) * width for one in range(len(bars))], heights, width * 0.92,
                      color=colour, label=_short(model))  # fmt: skip
         axes.axhline(1, lw=1, color=_INK)
         axes.set_xticks(range(len(bars)), list(bars))
 
-    return _plot("speed", "Speed over that of the first model.", draw, ("", "times as fast"))
+    return _plot(name, "Speed over that of the first model.", draw, ("", "times as fast"))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from .errors import InvalidRequest
+from .errors import CheckpointError, InvalidRequest
 from .report import CompressionReport
 
 #: What a checkpoint consists of: weights, configs, tokenizer, code, report and card.
@@ -31,6 +31,7 @@ def push_to_hub(
     directory = Path(directory)
     CompressionReport.read(directory)
     missing = [what for what in ("*.safetensors", "config.json", "README.md") if not any(directory.glob(what))]
+    missing += [name for name in _shards(directory) if not (directory / name).is_file()]
     if missing:
         raise InvalidRequest(f"{str(directory)!r} is no whole checkpoint of modegpt: it has no {', '.join(missing)}")
     api = HfApi(token=token)
@@ -39,7 +40,18 @@ def push_to_hub(
         done = api.upload_folder(
             repo_id=repository, folder_path=directory, commit_message=message, allow_patterns=list(FILES)
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        problem = " ".join(str(error).split())
-        raise InvalidRequest(f"{repository!r}: the hub refuses: {problem}") from error
+    except Exception as error:  # the hub, the network and the client each have errors of their own
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise InvalidRequest(f"{repository!r} cannot be uploaded: {problem}") from error
     return str(done.commit_url)
+
+
+def _shards(directory: Path) -> list[str]:
+    """The files that hold the weights, where an index names several."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weights") from error

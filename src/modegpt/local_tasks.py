@@ -27,7 +27,9 @@ class LocalTasks:
     def load(self, name: str) -> Any:
         """The task or group ``name``, of a group those tasks that have rows."""
         if name not in self._manager.all_groups:
-            return self._task(name, name)
+            if (task := self._task(name, name)) is None:
+                raise InvalidRequest(f"--tasks {name}: {', '.join(self.used[name])} has no row")
+            return task
         from lm_eval.api.group import Group
 
         found = [self._task(task, name) for task in self._leaves(name)]
@@ -51,12 +53,14 @@ class LocalTasks:
 
     def _task(self, name: str, asked: str) -> Any:
         """The task ``name``, which was ``asked`` for or is of the group that was; None if the group's file lacks it."""
-        if (changes := self._data(name, asked)) is None:
-            return None
-        # What is said of a task within a group is added to its own config.
-        group = {"group": f"{name} from files", "task": [{"task": name, **changes}]}
         try:
+            if (changes := self._data(name, asked)) is None:
+                return None
+            # What is said of a task within a group is added to its own config.
+            group = {"group": f"{name} from files", "task": [{"task": name, **changes}]}
             return self._manager.load([group])["tasks"][name]
+        except InvalidRequest:
+            raise
         except Exception as error:  # the task's own code, on a row that it does not expect
             message = " ".join(str(error).split())
             raise InvalidRequest(f"--tasks {name} cannot read {', '.join(self.used[asked])}: {message}") from error
@@ -74,8 +78,13 @@ class LocalTasks:
         if not rows[evaluated]:
             return None
         examples = next(split for split in splits.values() if split)  # the harness's rule
-        if examples != evaluated and (config.get("num_fewshot") if self._num_fewshot is None else self._num_fewshot):
-            rows[examples] = self._rows(config, asked, examples, of_examples=True)
+        count = (config.get("num_fewshot") if self._num_fewshot is None else self._num_fewshot) or 0
+        if count:
+            if examples != evaluated:
+                rows[examples] = self._rows(config, asked, examples, of_examples=True)
+            available = len(rows[examples]) - (examples == evaluated)  # but for the question itself
+            if available < count:
+                raise InvalidRequest(f"--num-fewshot {count}: {name} has {available} rows to draw examples from")
         data = DatasetDict({split: Dataset.from_list(found) for split, found in rows.items()})
         known = {f"{kind}_split": split if split in rows else None for kind, split in splits.items()}
         return {"custom_dataset": lambda **_: data, **known}

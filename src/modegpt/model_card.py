@@ -9,7 +9,7 @@ def card_rows(report: CompressionReport) -> list[tuple[str, str]]:
     """What a compressed model is, in pairs of a name and a value."""
     rows = [
         ("Compressed from", report.source),
-        ("Method", f"{report.options['method']}, allocation {report.options['allocation']}"),
+        ("Method", f"{report.options.get('method')}, allocation {report.options.get('allocation')}"),
         ("Decoder-block parameters removed", f"{report.block_parameters.removed:.1%}"),
         ("All parameters removed", f"{report.parameters.removed:.1%} ({report.parameters.compressed:,.0f} left)"),
         ("Weights", f"{report.dtype}, {report.bytes.compressed / 1e6:,.1f} MB"),
@@ -23,7 +23,8 @@ def card_rows(report: CompressionReport) -> list[tuple[str, str]]:
 
 def model_card(report: CompressionReport) -> str:
     """Markdown with the facts of ``report``, how to load the model, and how to repeat the compression."""
-    table = "\n".join(f"| {name} | {value} |" for name, value in card_rows(report))
+    (first, source), *others = card_rows(report)
+    table = "\n".join(f"| {name} | {value} |" for name, value in [(first, f"`{source}`"), *others])
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

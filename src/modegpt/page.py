@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from .console import duration
 from .errors import InvalidRequest
@@ -27,6 +27,7 @@ class _Task(BaseModel):
     metrics: dict[str, float]
     errors: dict[str, float | None]
     shown: str
+    is_accuracy: bool
     items: int
 
 
@@ -47,7 +48,7 @@ class Evaluation(BaseModel):
     """What ``modegpt evaluate --output`` writes, as far as a page needs it."""
 
     command: str
-    models: list[_Scores]
+    models: list[_Scores] = Field(min_length=1)
 
 
 class _Speeds(BaseModel):
@@ -56,12 +57,18 @@ class _Speeds(BaseModel):
     prefill_ratio: tuple[float, float, float]
     decode_tokens_per_second: float
     decode_ratio: tuple[float, float, float]
+    first_token_seconds: float
+    token_seconds: dict[str, float]
+    cache_bytes: int
+    peak_bytes: int
 
 
 class _Speed(BaseModel):
     model: str
     parameters: int
     weight_bytes: int
+    macs_per_token: float
+    dtype: str
     rows: list[_Speeds]
 
 
@@ -70,7 +77,7 @@ class Bench(BaseModel):
 
     command: str
     machine: dict[str, Any]
-    models: list[_Speed]
+    models: list[_Speed] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,8 @@ class Page:
         ]
 
     def _overall(self, names: Sequence[str]) -> list[Section]:
-        found = [self._sizes(names), *map(_quality, self.evaluations), *map(_speed, self.benches)]
+        found = [self._sizes(names), *map(_quality, self.evaluations)]
+        found += [_speed(bench, place) for place, bench in enumerate(self.benches, 1)]
         return [section for section in found if section is not None]
 
     def _sizes(self, names: Sequence[str]) -> Section | None:
@@ -180,21 +188,27 @@ class Page:
             return None
         from .figures import size_plot
 
-        rows, points = [], dict[str, list[tuple[float, float, str]]]()
+        rows, points = [], dict[tuple[str, str, str], list[tuple[float, float, str]]]()
         for name, one in zip(names, self.checkpoints, strict=True):
             report = one.report
-            row = [name, str(report.options["method"]), f"{report.block_parameters.removed:.1%}"]
+            method = str(report.options.get("method"))
+            row = [name, method, f"{report.block_parameters.removed:.1%}"]
             row += [f"{report.parameters.compressed / 1e6:,.1f}"]
             if report.perplexity and report.evaluation:
                 row.append(f"{report.perplexity.compressed:.2f} ({report.perplexity.dense:.2f})")
-                own = points.setdefault(report.evaluation.source, [])
+                own = points.setdefault((report.source, method, report.evaluation.source), [])
                 own += [
                     (report.parameters.compressed / 1e6, report.perplexity.compressed, name),
                     (report.parameters.dense / 1e6, report.perplexity.dense, "dense"),
                 ]
             rows.append([*row, ""][:5])
         heads = ["", "method", "removed of the blocks", "million parameters", "perplexity (dense)"]
-        return Section("Size", [Table(heads, rows)], [size_plot(points)] if points else [])
+        several = len({source for source, _, _ in points}) > 1
+        lines = {
+            ", ".join([method, Path(text).name, *([Path(source).name] if several else [])]): found
+            for (source, method, text), found in points.items()
+        }
+        return Section("Size", [Table(heads, rows)], [size_plot(lines)] if lines else [])
 
 
 def _quality(evaluation: Evaluation) -> Section:
@@ -217,7 +231,7 @@ def _quality(evaluation: Evaluation) -> Section:
             rows.append(["mean", *("" if one is None else _percent(one.accuracy, one.error) for one in means)])
             lost = [None if one is None else one.degradation for one in means]
             rows.append(["relative degradation", *("" if one is None else f"{one:.1%}" for one in lost)])
-        tables.append(Table(["Accuracy, %", *names], rows))
+        tables.append(Table(["Tasks (accuracies in %)", *names], rows))
     return Section("Quality", tables, note=f"Measured by: {evaluation.command}")
 
 
@@ -225,34 +239,44 @@ def _score(scores: _Scores, task: str) -> str:
     found = scores.tasks.get(task)
     if found is None or found.shown not in found.metrics:
         return ""
-    return _percent(found.metrics[found.shown], found.errors.get(found.shown))
+    value, error = found.metrics[found.shown], found.errors.get(found.shown)
+    if found.is_accuracy:
+        return _percent(value, error)
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _percent(value: float, error: float | None) -> str:
     return f"{100 * value:.1f}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
-def _speed(bench: Bench) -> Section:
+def _speed(bench: Bench, number: int) -> Section:
     from .figures import speed_plot
 
     names = _distinct([Path(one.model).name for one in bench.models])
-    rows, bars = [], dict[str, dict[str, float]]()
+    sizes, rates, latencies, bars = [], [], [], dict[str, dict[str, float]]()
     for name, one in zip(names, bench.models, strict=True):
+        weights = f"{one.weight_bytes / 1e6:,.1f} MB ({one.dtype})"
+        sizes.append([name, f"{one.parameters / 1e6:,.1f} M", weights, f"{one.macs_per_token / 1e6:,.1f} M"])
         for row in one.rows:
-            cells = [
-                f"{name}, {row.batch_size} at once",
-                f"{row.prefill_tokens_per_second:,.0f}",
-                _ratio(row.prefill_ratio),
-            ]
-            rows.append([*cells, f"{row.decode_tokens_per_second:,.1f}", _ratio(row.decode_ratio)])
+            at_once = f"{name}, {row.batch_size} at once"
+            cells = [f"{row.prefill_tokens_per_second:,.0f}", _ratio(row.prefill_ratio)]
+            rates.append([at_once, *cells, f"{row.decode_tokens_per_second:,.1f}", _ratio(row.decode_ratio)])
+            seconds = [row.first_token_seconds, *row.token_seconds.values()]
+            memory = [f"{count / 1e6:,.1f} MB" for count in (row.cache_bytes, row.peak_bytes)]
+            latencies.append([at_once, *(f"{1000 * one:,.1f}" for one in seconds), *memory])
             for kind, ratio in (("prompt", row.prefill_ratio), ("new tokens", row.decode_ratio)):
                 bars.setdefault(f"{kind}\n{row.batch_size} at once", {})[name] = ratio[0]
-    heads = ["", "prompt tokens/s", "ratio", "new tokens/s", "ratio"]
+    percentiles = [f"p{name}, ms" for name in next((row.token_seconds for one in bench.models for row in one.rows), {})]
+    tables = [
+        Table(["", "parameters", "weights", "multiplications per token"], sizes),
+        Table(["", "prompt tokens/s", "ratio", "new tokens/s", "ratio"], rates),
+        Table(["One token", "the first, ms", *percentiles, "cache", "peak memory"], latencies),
+    ]
     machine = ", ".join(f"{key} {value}" for key, value in bench.machine.items())
     note = (
         f"Measured by: {bench.command}, on {machine}. Ratios are medians over repeats, with the least and the greatest."
     )
-    return Section("Speed", [Table(heads, rows)], [speed_plot(bars)], note)
+    return Section("Speed", tables, [speed_plot("speed" if number == 1 else f"speed-{number}", bars)], note)
 
 
 def _ratio(ratio: tuple[float, float, float]) -> str:

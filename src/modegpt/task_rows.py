@@ -40,6 +40,8 @@ def read_rows(path: Path, dataset: str, subject: str | None = None) -> list[dict
         rows = [json.loads(line) for line in raw.decode("utf-8").split("\n") if line.strip()]
     except Exception as error:  # a damaged archive, broken JSON, another encoding, ...
         raise InvalidRequest(f"--task-data: {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise InvalidRequest(f"--task-data: a line of {path} is no JSON object")
     form = FORMS.get(dataset, dict)
     try:
         return [form(row) for row in rows if subject is None or row["subject"] == subject]
@@ -54,6 +56,22 @@ def _fields(row: Row, names: Iterable[str], **converted: Callable[[Any], Any]) -
     return {name: row[name] for name in names} | {name: convert(row[name]) for name, convert in converted.items()}
 
 
+def _one_of(*known: str) -> Callable[[Any], str]:
+    """What refuses all but the ``known`` answers."""
+
+    def checked(value: Any) -> str:
+        if str(value) not in known:
+            raise ValueError(f"the answer {value!r} is none of {', '.join(known)}")
+        return str(value)
+
+    return checked
+
+
+def _number(*known: str) -> Callable[[Any], int]:
+    """The same of numbers; true and false are 1 and 0."""
+    return lambda value: int(_one_of(*known)(int(value)))
+
+
 def _choices(choices: list[Any]) -> dict[str, list[str]]:
     """Texts with or without labels: A, B, ... if without."""
     if all(isinstance(choice, str) for choice in choices):
@@ -66,12 +84,12 @@ def _question(row: Row, name: str) -> dict[str, Any]:
     if isinstance(row.get("question"), Mapping):
         row = {**row, **row["question"], name: row["question"]["stem"]}
     choices = row["choices"] if isinstance(row["choices"], Mapping) else _choices(row["choices"])
-    return _fields(row, (name, "answerKey")) | {"choices": choices}
+    return _fields(row, (name,), answerKey=_one_of(*choices["label"])) | {"choices": choices}
 
 
 def _boolq(row: Row) -> dict[str, Any]:
     """The authors' ``answer`` is SuperGLUE's ``label``."""
-    return _fields({"label": row.get("answer"), **row}, ("passage", "question"), label=int)
+    return _fields({"label": row.get("answer"), **row}, ("passage", "question"), label=_number("0", "1"))
 
 
 def _mathqa(row: Row) -> dict[str, Any]:
@@ -79,7 +97,7 @@ def _mathqa(row: Row) -> dict[str, Any]:
     options = row["options"]
     if not isinstance(options, str):
         options = " , ".join(f"{letter} ) {option}" for letter, option in zip("abcde", options, strict=True))
-    return _fields(row, ("Problem", "correct")) | {"options": options}
+    return _fields(row, ("Problem",), correct=_one_of(*"abcde")) | {"options": options}
 
 
 def _lambada(row: Row) -> dict[str, Any]:
@@ -90,20 +108,22 @@ def _lambada(row: Row) -> dict[str, Any]:
 def _mmlu(row: Row) -> dict[str, Any]:
     """The answer is a number, or a letter as its authors have it."""
     letters = list("ABCD")
-    number = letters.index(row["answer"]) if row["answer"] in letters else int(row["answer"])
-    return _fields(row, ("question", "choices")) | {"answer": number}
+    number = letters.index(row["answer"]) if row["answer"] in letters else row["answer"]
+    return _fields(row, ("question", "choices")) | {"answer": _number(*"0123")(number)}
 
 
 #: What makes a row of a data set on the hub from one of a file.
 FORMS: Mapping[str, Callable[[Row], dict[str, Any]]] = {
     "allenai/ai2_arc": partial(_question, name="question"),
     "allenai/openbookqa": partial(_question, name="question_stem"),
-    "baber/piqa": partial(_fields, names=("goal", "sol1", "sol2"), label=int),
-    "allenai/winogrande": partial(_fields, names=("sentence", "option1", "option2"), answer=str),
-    "Rowan/hellaswag": partial(_fields, names=("activity_label", "ctx_a", "ctx_b", "endings"), label=str),
+    "baber/piqa": partial(_fields, names=("goal", "sol1", "sol2"), label=_number("0", "1")),
+    "allenai/winogrande": partial(_fields, names=("sentence", "option1", "option2"), answer=_one_of("1", "2")),
+    "Rowan/hellaswag": partial(_fields, names=("activity_label", "ctx_a", "ctx_b", "endings"), label=_one_of(*"0123")),
     "regisss/math_qa": _mathqa,
     "EleutherAI/lambada_openai": _lambada,
     "cais/mmlu": _mmlu,
     "aps/super_glue boolq": _boolq,
-    "aps/super_glue copa": partial(_fields, names=("premise", "choice1", "choice2", "question"), label=int),
+    "aps/super_glue copa": partial(
+        _fields, names=("premise", "choice1", "choice2", "question"), label=_number("0", "1")
+    ),
 }

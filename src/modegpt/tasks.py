@@ -6,11 +6,10 @@ import io
 import logging
 import math
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InvalidRequest, NumericalError
+from .errors import InvalidRequest
 from .local_tasks import LocalTasks
 from .progress import Progress
 
@@ -28,8 +27,6 @@ SHOWN = ("acc_norm", "acc", "exact_match")
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 #: Samples for the standard errors that have no formula, such as those of perplexities.
 BOOTSTRAP = 1000
-#: Requests between two signs of progress; they go through the model in order of their length.
-_AT_ONCE = 256
 
 
 def harness_version() -> str:
@@ -109,7 +106,9 @@ class Tasks:
         manager = _manager()
         wanted = list(dict.fromkeys(one for name in self.names for one in _spelt_out(manager, name)))
         local = self.data and LocalTasks(manager, self.data, self.num_fewshot, progress or Progress())
-        loaded = [local.load(name) if local and name in manager.task_index else _load(manager, name) for name in wanted]
+        if local and (files := [name for name in wanted if name not in manager.task_index]):
+            raise InvalidRequest(f"--tasks {files[0]}: says itself where its rows are; leave out --task-data")
+        loaded = [local.load(name) if local else _load(manager, name) for name in wanted]
         for name, one in zip(wanted, loaded, strict=True):
             if not getattr(one, "has_aggregation", True):
                 parts = ",".join(one.child_names)
@@ -136,36 +135,26 @@ class LoadedTasks:
     ) -> dict[str, TaskScore]:
         """What ``model`` reaches on each of them, ``batch_size`` sequences at once."""
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        lm = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
-        for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-            setattr(lm, kind, partial(_in_parts, getattr(lm, kind), progress or Progress(), sys.stderr))
+        from .task_model import TaskModel
+
+        lm = TaskModel(model, tokenizer, batch_size, progress or Progress())
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):  # the harness's own progress bars
-            results = simple_evaluate(
-                lm,
-                tasks=list(self.loaded.values()),
-                limit=self.wanted.limit,
-                num_fewshot=self.wanted.num_fewshot,
-                bootstrap_iters=BOOTSTRAP,
-                log_samples=False,
-                task_manager=_manager(),
-                **SEEDS,
-            )
+            try:
+                results = simple_evaluate(
+                    lm,
+                    tasks=list(self.loaded.values()),
+                    limit=self.wanted.limit,
+                    num_fewshot=self.wanted.num_fewshot,
+                    bootstrap_iters=BOOTSTRAP,
+                    log_samples=False,
+                    task_manager=_manager(),
+                    **SEEDS,
+                )
+            except (KeyError, IndexError, ValueError, TypeError) as error:  # the task's own code, on a row
+                message = " ".join(str(error).split())
+                raise InvalidRequest(f"--tasks: a row is none that its task expects: {message}") from error
         return {name: _score(results, name, self.files.get(name, {})) for name in self.loaded}
-
-
-def _in_parts(answer: Callable[..., list[Any]], progress: Progress, stderr: Any, requests: list[Any]) -> list[Any]:
-    """The answers to ``requests``, which ``progress`` shows on the real ``stderr``."""
-    parts = [requests[start : start + _AT_ONCE] for start in range(0, len(requests), _AT_ONCE)]
-    answers = []
-    with redirect_stderr(stderr), progress.phase("answers", len(parts)):
-        for part in parts:
-            answers += answer(part, disable_tqdm=True)
-            progress.advance()
-    if any(isinstance(found, tuple) and math.isnan(found[0]) for found in answers):  # log-likelihoods
-        raise NumericalError("the model's log-likelihoods are NaN")
-    return answers
 
 
 def _score(results: Mapping[str, Any], name: str, files: Mapping[str, str]) -> TaskScore:
