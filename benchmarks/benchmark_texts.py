@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,12 @@ def command_of(arguments: argparse.Namespace, script: str, calibration: TextFact
         if getattr(arguments, name) != defaults.get_default(name):
             words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     return " ".join(words)
+
+
+def model_sha256(address: str) -> str:
+    """Of a model that is one file; its name where it is none."""
+    path = Path(address)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else path.name
 
 
 def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows]) -> dict[str, float]:

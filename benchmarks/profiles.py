@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import modegpt
-from benchmark_texts import command_of, parser_of_texts, perplexities, prepared
+from benchmark_texts import command_of, model_sha256, parser_of_texts, perplexities, prepared
 from modegpt.config import CompressionConfig
 from modegpt.engine import Engine
 from modegpt.exports.gguf_file import BLOCK
@@ -45,7 +45,9 @@ def main() -> None:
 
     results: dict[str, Any] = header(parser, arguments, vars(arguments))
     results["command"] = command_of(arguments, "benchmarks/profiles.py", given.calibration) + " --checkpoints DIR"
-    results |= {"calibration": given.calibration.model_dump(), "seed": 0, "rows": []}
+    if arguments.ratios != parser.get_default("ratios"):
+        results["command"] += f" --ratios {' '.join(map(str, arguments.ratios))}"
+    results |= {"model_sha256": model_sha256(arguments.model), "calibration": given.calibration.model_dump(), "seed": 0}
     results["tokens_sha256"] = {name: windows.sha256() for name, windows in given.texts.items()}
     results["dense"] = {"perplexity": perplexities(given.model, given.texts), **sizes(given.model)}
     results["rows"] = previous_rows(arguments.output, results)
@@ -54,8 +56,11 @@ def main() -> None:
         for ratio, (profile, align) in itertools.product(arguments.ratios, SETTINGS):
             row: dict[str, Any] = {"profile": profile, "align": align, "ratio": ratio}
             directory = arguments.checkpoints / checkpoint_name(row)
-            if directory.is_dir() and any(other.items() >= row.items() for other in results["rows"]):
-                continue
+            known = next((other for other in results["rows"] if other.items() >= row.items()), None)
+            if known is not None:
+                if directory.is_dir():
+                    continue
+                results["rows"].remove(known)
             config = CompressionConfig.validated(ratio=ratio, method="greedy", profile=profile, align=align)
             compression = engine.run(config)
             row |= sizes(compression.model) | {"perplexity": perplexities(compression.model, given.texts)}
@@ -69,7 +74,8 @@ def main() -> None:
 def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier run, if it was the same."""
     previous = json.loads(path.read_text()) if path.is_file() else {}
-    same = all(previous.get(key) == results[key] for key in ("command", "versions", "calibration", "tokens_sha256"))
+    keys = ("command", "versions", "model_sha256", "calibration", "tokens_sha256")
+    same = all(previous.get(key) == results[key] for key in keys)
     return list(previous["rows"]) if same else []
 
 

@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedModel
 
 import modegpt
-from benchmark_texts import TEST, evaluation_texts, named_files, parser_of_texts, perplexities
-from modegpt.exports.gguf_file import TYPES, stored_as, write_gguf
+from benchmark_texts import TEST, evaluation_texts, model_sha256, named_files, parser_of_texts, perplexities
+from modegpt.exports.gguf_file import BLOCK, TYPES, stored_as, write_gguf
 from modegpt.exports.gguf_tokenizer import TokenizerFields, tokenizer_fields
 from modegpt.exports.plain import PlainDecoder
 from modegpt.exports.stock import stock_model
@@ -41,11 +41,13 @@ def main() -> None:
     every = {TEST: arguments.test, **files}
     texts = evaluation_texts(every, tokenizer, arguments.test_samples, arguments.sequence_length)
 
-    results: dict[str, Any] = header(parser, arguments, vars(arguments))
+    places = ("train", "test", "texts", "model", "compressed", "output")
+    results: dict[str, Any] = header(parser, arguments, places)
     results["command"] += f" --compressed {' '.join(f'DIR/{path.name}' for path in arguments.compressed)}"
     results["command"] += f" --test {Path(arguments.test).name}"
     if files:
         results["command"] += " --texts " + " ".join(f"{name}={Path(file).name}" for name, file in files.items())
+    results["model_sha256"] = model_sha256(arguments.model)
     results |= {"tokens_sha256": {name: windows.sha256() for name, windows in texts.items()}, "rows": []}
     dense = source.model("float32")
     fields = tokenizer_fields(tokenizer, dense.config.vocab_size)
@@ -71,7 +73,12 @@ def rounded(model: PreTrainedModel, kind: str) -> PreTrainedModel:
 
     Rows are rounded in blocks of 32 numbers, so that the order of rows does not matter, nor zeros at their ends.
     """
-    stock = stock_model(PlainDecoder(model))
+    plain = PlainDecoder(model)
+    if any(width % BLOCK for width in plain.shape.widths):
+        raise SystemExit(
+            f"give models of --profile gguf: MLPs with multiples of {BLOCK} channels, not {plain.shape.widths}"
+        )
+    stock = stock_model(plain)
     embeddings = {id(layer.weight) for layer in (stock.get_input_embeddings(), stock.get_output_embeddings())}
     for weight in stock.parameters():
         chosen = TYPES[stored_as(kind, weight, embeds=id(weight) in embeddings)][0]

@@ -54,13 +54,14 @@ def text_of(scores: list[ModelScores], limit: int | None) -> str:
     first = scores[0].tasks
     lines = []
     for task, facts in first.items():
-        found = [(one.tasks[task].metrics[facts.shown], one.tasks[task].errors[facts.shown]) for one in scores]
-        lines.append([task, facts.shown, str(facts.items), *(percent(value, error) for value, error in found)])
+        if facts.is_accuracy:
+            found = [(one.tasks[task].metrics[facts.shown], one.tasks[task].errors[facts.shown]) for one in scores]
+            lines.append([task, facts.shown, str(facts.items), *(percent(value, error) for value, error in found)])
     lines.append(["mean", "", "", *(percent(*(mean(one.tasks) or (0.0, None))) for one in scores)])
     lost = [degradation(one.tasks, first) for one in scores]
     lines.append(["relative degradation", "", "", *("" if one is None else f"{one:.1%}" for one in lost)])
     names = ["dense", *(Path(one.model).name for one in scores[1:])]
-    first_rows = f", the first {limit} rows of each" if limit else ""
+    first_rows = f", the first {limit} rows of each (of mmlu, of each subject)" if limit else ""
     text = f"Accuracy in percent with standard errors, on tasks of lm-evaluation-harness{first_rows}.\n\n"
     return text + table(["task", "metric", "items", *names], lines)
 

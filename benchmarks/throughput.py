@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmark_texts import default_model
-from modegpt.bench import Load, Ratio, Speed, facts_of, measure
+from modegpt.bench import KIND, Load, Ratio, Speed, facts_of, measure
 from results_file import RESULTS, header, table, write
 
 
@@ -42,6 +42,8 @@ def main() -> None:
     results["command"] += f" --compressed {' '.join(f'DIR/{Path(one).name}' for one in arguments.compressed)}"
     facts = facts_of(speeds, load)
     results["machine"] |= facts["machine"]
+    if arguments.device.startswith("cuda"):
+        results["machine"]["gpu"] = facts["machine"]["device"]
     results["models"] = [{**one, "model": Path(one["model"]).name} for one in facts["models"]]
     write(results, arguments.output, text_of(speeds, load, arguments.dtype))
 
@@ -50,11 +52,18 @@ def text_of(speeds: list[Speed], load: Load, dtype: str) -> str:
     """The tables: sizes, and speed by the number of sequences."""
     names = ["dense", *(Path(speed.model).name for speed in speeds[1:])]
     sizes = [
-        [name, f"{one.parameters / 1e6:.1f}", f"{one.weight_bytes / 1e6:.0f}", f"{one.macs_per_token / 1e6:.1f}"]
+        [
+            name,
+            f"{one.parameters / 1e6:.1f}",
+            f"{one.weight_bytes / 1e6:.0f}",
+            f"{one.macs_per_token / 1e6:.1f}",
+            f"{one.odd:.0%}",
+        ]
         for name, one in zip(names, speeds, strict=True)
     ]
-    text = "Millions of parameters, megabytes of weights, millions of multiplications per token (logits included).\n\n"
-    text += table(["model", "parameters", "weights", "multiplications"], sizes)
+    text = "Millions of parameters, megabytes of weights, millions of multiplications per token (logits included), the "
+    text += f"share of the maps' parameters in maps with a width that is no multiple of {KIND}.\n\n"
+    text += table(["model", "parameters", "weights", "multiplications", f"not by {KIND}"], sizes)
     text += (
         f"\nPrompts of {load.sequence_length} tokens, then {load.new_tokens} one by one, {dtype}; tokens per second, "
     )

@@ -373,17 +373,29 @@ def test_weights_are_rounded_as_in_the_file(
     write_gguf(path, PlainDecoder(model), kind, fields, "model")
     assert quantised.file_bytes(model, kind, fields) == path.stat().st_size
     known = quantised.rounded(model, kind).state_dict()
-    names = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q": "self_attn.q_proj"}
-    names |= {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-    for tensor in gguf.GGUFReader(path).tensors:
+    names = {"attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj"}
+    names |= {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_up": "mlp.up_proj"}
+    names |= {"ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    tensors = gguf.GGUFReader(path).tensors
+    assert len(tensors) == 9 * 3 + 3 - model.config.tie_word_embeddings
+    for tensor in tensors:
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        if tensor.name == "token_embd.weight":
-            assert torch.equal(values, known["model.embed_tokens.weight"])
-        parts = tensor.name.split(".")
-        if parts[0] == "blk" and parts[2] in names:
-            own = known[f"model.layers.{parts[1]}.{names[parts[2]]}.weight"]
-            assert torch.equal(values.sum(0), own.sum(0)) or parts[2] == "attn_q"
-            assert torch.equal(values.flatten().sort().values, own.flatten().sort().values)
+        _, *parts = tensor.name.split(".")
+        own = known[
+            whole.get(tensor.name, "lm_head.weight")
+            if len(parts) == 1
+            else f"model.layers.{parts[0]}.{names[parts[1]]}.weight"
+        ]
+        if parts[1:2] in (["attn_q"], ["attn_k"]):
+            values, own = (torch.tensor(sorted(x.tolist())) for x in (values, own))
+        assert torch.equal(values, own), tensor.name
+
+
+@pytest.mark.parametrize("bad", [90, 100])
+def test_only_models_without_padding_are_rounded(load: Any, bad: int) -> None:
+    with pytest.raises(SystemExit, match="profile gguf"):
+        load("quantised").rounded(tiny_llama(intermediate_size=bad), "q8_0")
 
 
 def test_sizes_and_perplexities_of_rounded_models(
