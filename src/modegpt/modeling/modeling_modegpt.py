@@ -120,8 +120,10 @@ class CompactAttention(nn.Module):
         keys_and_values = past_key_values if layer_past is None else layer_past
         if keys_and_values is not None:
             key, value = keys_and_values.update(key, value, self.layer_idx)
-        if self._needs_one_head_size(query.shape[2]):
-            query, key, value = (nn.functional.pad(x, (0, self.head_dim - x.shape[-1])) for x in (query, key, value))
+        if self._decodes(query, attention_mask):
+            return self.o_proj(self._decode(query, key, value, attention_mask)), None
+        if (size := self._one_head_size()) is not None:
+            query, key, value = (nn.functional.pad(x, (0, size - x.shape[-1])) for x in (query, key, value))
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
         output, weights = attention(
@@ -159,12 +161,29 @@ class CompactAttention(nn.Module):
         query = _rotate_pairs(query, *(angle.unsqueeze(2) for angle in angles)).flatten(1, 2)
         return query, _rotate_pairs(key, *angles)
 
-    def _needs_one_head_size(self, query_length: int) -> bool:
-        """Fused kernels want q, k and v of one size; zeros change nothing. SDPA copes by itself when decoding."""
-        if self.qk_head_dim == self.v_head_dim == self.head_dim:
-            return False
+    def _decodes(self, query: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether this is one token of every sequence, with the attention that PyTorch brings along."""
+        if self.config._attn_implementation != "sdpa" or self.training or torch.compiler.is_exporting():
+            return False  # an exported graph is for any number of tokens
+        return query.shape[2] == 1 and (mask is None or mask.shape[1] == 1)
+
+    def _decode(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, 1, H d_v): the queries of a key-value head at once, so that keys and values are not copied for each."""
+        query = query.reshape(query.shape[0], key.shape[1], -1, self.qk_head_dim)  # (B, G, H / G, d_qk)
+        output = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=self.scaling)
+        return output.reshape(output.shape[0], 1, -1)
+
+    def _one_head_size(self) -> int | None:
+        """Fused kernels want q, k and v of one size, filled up with zeros; None where they can stay as they are."""
         implementation = self.config._attn_implementation
-        return implementation not in _ANY_HEAD_SIZE and not (implementation == "sdpa" and query_length == 1)
+        if implementation in _ANY_HEAD_SIZE or self.qk_head_dim == self.v_head_dim == self.head_dim:
+            return None
+        if implementation != "sdpa":
+            return self.head_dim
+        widest = -(-max(self.qk_head_dim, self.v_head_dim) // 8) * 8
+        return None if self.qk_head_dim == self.v_head_dim == widest else widest
 
 
 @cache
