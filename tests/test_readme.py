@@ -66,11 +66,19 @@ def test_what_a_mixture_changes_is_quoted_from_the_results() -> None:
         assert "| {:.2f} | {:.2f} | {:.2f} |".format(*values) in page
 
 
-@pytest.mark.parametrize("name", ["speed", "memory"])
-def test_measured_costs_are_quoted_from_the_results(name: str) -> None:
-    lines = (ROOT / f"benchmarks/results/{name}.md").read_text().split("\n\n")
-    table = next(part for part in lines if part.startswith("|"))
-    assert table.strip() in README
+@pytest.mark.parametrize(
+    ("name", "place", "page"),
+    [
+        ("speed", 0, "README.md"),
+        ("memory", 0, "README.md"),
+        ("profiles", 0, "docs/engines.md"),
+        ("gains", 0, "docs/mathematics.md"),
+    ],
+)
+def test_measured_costs_are_quoted_from_the_results(name: str, place: int, page: str) -> None:
+    parts = (ROOT / f"benchmarks/results/{name}.md").read_text().split("\n\n")
+    tables = [part for part in parts if part.startswith("|")]
+    assert tables[place].strip() in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_scaling_table_is_that_of_the_formulas() -> None:
