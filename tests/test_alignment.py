@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_with_what_it_measured(
     ("options", "problem"),
     [
         (("--align", "fast"), "--align 'fast'"),
-        (("--align", 0), "--align '0'"),
+        (("--align", 0), "--align 0: input should be greater than or equal to 1"),
         (("--align", "auto", "--method", "shortgpt"), "--align auto: no channels are removed from layer"),
         (("--align", "auto", "--method", "svd"), "--align auto: --method svd makes two maps of each; give a number"),
         (("--align", "auto", "--target-size", "1MB"), "--align auto goes with --ratio, not --target-size"),

@@ -220,6 +220,8 @@ def curve(
 def _run_config(arguments: dict[str, Any], kind: type[_Config]) -> _Config:
     if arguments.get("temperature", "auto") != "auto":
         arguments["temperature"] = _number(arguments["temperature"], "--temperature")
+    if arguments.get("align", "").isdecimal():
+        arguments["align"] = int(arguments["align"])
     if arguments["devices"].isdigit():
         arguments["devices"] = int(arguments["devices"])
     return kind.validated(**{name: value for name, value in arguments.items() if value is not None})
