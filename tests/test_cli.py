@@ -589,7 +589,8 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
         name: parameter.default for name, parameter in inspect.signature(COMMANDS["compress"]).parameters.items()
     }
     del defaults["quiet"]
-    assert defaults.pop("devices") == str(fields["devices"].default)
+    for name in ("devices", "align"):  # numbers or words: text on the command line
+        assert defaults.pop(name) == str(fields[name].default)
     decided_by_the_method = {name for name, field in fields.items() if field.default_factory}
     assert decided_by_the_method == {"modules", "allocation", "statistics", "ridge", "calibration", "evaluate"}
     or_by_the_profile = {"method", "samples", "sequence_length", "seed"}
@@ -597,7 +598,7 @@ def test_the_command_has_the_librarys_options_and_defaults() -> None:
     assert defaults == {
         name: inspect.Parameter.empty if field.is_required() else field.default
         for name, field in fields.items()
-        if name not in {*decided_by_the_method, *or_by_the_profile, "devices"}
+        if name not in {*decided_by_the_method, *or_by_the_profile, "devices", "align"}
     }
     shown = " ".join(run_cli("compress", "--help").out.split())
     assert all(f"[default: ({fields[name].default})]" in shown for name in or_by_the_profile)

@@ -410,10 +410,10 @@ def report(
     checkpoints: Annotated[list[Path], typer.Argument(help="Directories of compressed models.", metavar="DIR...")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
     evaluation: Annotated[
-        list[Path] | None, typer.Option(help="A file of `evaluate --output`; can be given several times.")
+        list[Path] | None, typer.Option(help="A file of evaluate --output; can be given several times.")
     ] = None,
     bench: Annotated[
-        list[Path] | None, typer.Option(help="A file of `bench --output`; can be given several times.")
+        list[Path] | None, typer.Option(help="A file of bench --output; can be given several times.")
     ] = None,
     figures: Annotated[Path | None, typer.Option(help="Also write all figures as PNG and SVG files into it.")] = None,
 ) -> None:
