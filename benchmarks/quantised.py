@@ -3,8 +3,9 @@ r"""Removed parameters and rounded weights together: perplexity against the size
     python benchmarks/quantised.py --compressed DIR/gguf-20 DIR/gguf-30 --test TEST.txt.gz --texts ptb=PTB_TEST.txt.gz
 
 The checkpoints are what ``profiles.py`` writes; the dense model is beside them. Of every model and type of GGUF file
-the table has the size of the file and the perplexity with weights rounded as in the file; activations are float32,
-while llama.cpp rounds those that enter quantised matrices to 8 bits as well. Writes ``results/quantised.json`` and
+the table has the size of the file and the perplexity with the weights of the file; activations are float32, while
+llama.cpp rounds those that enter quantised matrices to 8 bits as well. ``--k-quants`` needs llama.cpp's llama-quantize.
+Writes ``results/quantised.json`` and
 ``results/quantised.md`` after every row.
 """
 
@@ -21,30 +22,35 @@ from transformers import PreTrainedModel
 
 import modegpt
 from benchmark_texts import TEST, evaluation_texts, model_sha256, named_files, parser_of_texts, perplexities
-from modegpt.exports.gguf_file import BLOCK, TYPES, stored_as, write_gguf
+from modegpt.exports.gguf_file import from_gguf, write_gguf
 from modegpt.exports.gguf_tokenizer import TokenizerFields, tokenizer_fields
+from modegpt.exports.k_quants import check_quantizer
 from modegpt.exports.plain import PlainDecoder
 from modegpt.exports.stock import stock_model
 from modegpt.sources import ModelSource
 from results_file import RESULTS, header, table, write
 
 KINDS = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+K_KINDS = ("q6_k", "q5_k_m", "q4_k_m")
 
 
 def main() -> None:
     """Measure every model with every type and write the results file."""
     parser = parser_of_texts(__doc__, RESULTS / "quantised.json")
     parser.add_argument("--compressed", type=Path, nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--k-quants", action="store_true", help="also the types that only llama-quantize makes")
     arguments = parser.parse_args()
+    if arguments.k_quants:
+        check_quantizer("q4_k_m")
     source, files = ModelSource(arguments.model), named_files(arguments.texts)
     tokenizer = source.tokenizer()
     every = {TEST: arguments.test, **files}
     texts = evaluation_texts(every, tokenizer, arguments.test_samples, arguments.sequence_length)
 
-    places = ("train", "test", "texts", "model", "compressed", "output")
+    places = ("train", "test", "texts", "model", "compressed", "k_quants", "output")
     results: dict[str, Any] = header(parser, arguments, places)
     results["command"] += f" --compressed {' '.join(f'DIR/{path.name}' for path in arguments.compressed)}"
-    results["command"] += f" --test {Path(arguments.test).name}"
+    results["command"] += f" --test {Path(arguments.test).name}" + " --k-quants" * arguments.k_quants
     if files:
         results["command"] += " --texts " + " ".join(f"{name}={Path(file).name}" for name, file in files.items())
     results["model_sha256"] = model_sha256(arguments.model)
@@ -53,38 +59,31 @@ def main() -> None:
     fields = tokenizer_fields(tokenizer, dense.config.vocab_size)
     for name, path in {"dense": None, **{path.name: path for path in arguments.compressed}}.items():
         model = dense if path is None else modegpt.load(path, dtype="float32")
-        for kind in KINDS:
-            row: dict[str, Any] = {"model": name, "type": kind, "bytes": file_bytes(model, kind, fields)}
-            results["rows"].append(row | {"perplexity": perplexities(rounded(model, kind), texts)})
+        for kind in (*KINDS, *(K_KINDS if arguments.k_quants else ())):
+            size, as_written = rounded(model, kind, fields)
+            row: dict[str, Any] = {"model": name, "type": kind, "bytes": size}
+            results["rows"].append(row | {"perplexity": perplexities(as_written, texts)})
             print(json.dumps(results["rows"][-1]), flush=True)
             write(results, arguments.output, text_of(results))
 
 
-def file_bytes(model: PreTrainedModel, kind: str, fields: TokenizerFields) -> int:
-    """The size of the GGUF file of ``model`` with matrices of one ``kind``."""
+def rounded(model: PreTrainedModel, kind: str, fields: TokenizerFields) -> tuple[int, PreTrainedModel]:
+    """The size of the GGUF file of ``model`` with matrices of one ``kind``, and a plain Llama with its weights."""
+    plain = PlainDecoder(model)
+    stock = stock_model(plain)
+    parameters = dict(stock.named_parameters())
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.gguf"
-        write_gguf(path, PlainDecoder(model), kind, fields, "model")
-        return path.stat().st_size
-
-
-def rounded(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """``model`` as a plain Llama with the weights that its GGUF file has.
-
-    Rows are rounded in blocks of 32 numbers, so that the order of rows does not matter, nor zeros at their ends.
-    """
-    plain = PlainDecoder(model)
-    if any(width % BLOCK for width in plain.shape.widths):
-        raise SystemExit(
-            f"give models of --profile gguf: MLPs with multiples of {BLOCK} channels, not {plain.shape.widths}"
-        )
-    stock = stock_model(plain)
-    embeddings = {id(layer.weight) for layer in (stock.get_input_embeddings(), stock.get_output_embeddings())}
-    for weight in stock.parameters():
-        chosen = TYPES[stored_as(kind, weight, embeds=id(weight) in embeddings)][0]
-        data = gguf.quants.quantize(weight.detach().numpy(), chosen)
-        weight.data = torch.from_numpy(gguf.quants.dequantize(data, chosen).copy())
-    return stock
+        write_gguf(path, plain, kind, fields, "model")
+        for tensor in gguf.GGUFReader(path).tensors:
+            if tensor.name == "rope_freqs.weight":  # the config has them
+                continue
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            name, values = from_gguf(tensor.name, values, plain.shape.head)
+            weight = parameters[name].data
+            common = tuple(map(slice, map(min, weight.shape, values.shape)))  # the rest are zeros that fill layers up
+            weight[common] = values[common]
+        return path.stat().st_size, stock
 
 
 def text_of(results: dict[str, Any]) -> str:

@@ -174,6 +174,61 @@ def test_layers_of_several_widths_are_another_architecture(small: Path, tmp_path
         assert fields["general.architecture"] == "llama"
 
 
+# K-quants
+
+
+def quantizer(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``llama-quantize`` that is a shell ``script``, the only one on the PATH."""
+    directory.mkdir()
+    program = directory / "llama-quantize"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+
+def export_k(model: Path, path: Path) -> Any:
+    return run_cli("export", model, "-o", path, "--format", "gguf", "--type", "q4_k_m")
+
+
+def test_a_k_quant_is_made_by_llama_cpp_of_the_whole_numbers(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantizer(tmp_path / "bin", f'echo "$3" > {tmp_path}/asked; cp "$1" "$2"', monkeypatch)
+    (tmp_path / "out").mkdir()
+    assert export_k(small, tmp_path / "out" / "x.gguf").code == 0
+    assert (tmp_path / "asked").read_text() == "Q4_K_M\n"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.gguf"]
+    f32 = ("--format", "gguf", "--type", "f32")
+    assert run_cli("export", small, "-o", tmp_path / "out" / "y.gguf", *f32).code == 0
+    assert (tmp_path / "out/x.gguf").read_bytes() == (tmp_path / "out/y.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ('echo "no room" >&2; echo > "$2"; exit 3', "llama-quantize failed with exit code 3: no room"),
+        ("exit 0", "llama-quantize failed with exit code 0: nothing said"),
+    ],
+)
+def test_nothing_is_left_of_a_k_quant_that_failed(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str
+) -> None:
+    quantizer(tmp_path / "bin", script, monkeypatch)
+    (tmp_path / "out").mkdir()
+    outcome = export_k(small, tmp_path / "out" / "x.gguf")
+    assert (outcome.code, words in outcome.err) == (1, True), outcome.err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_k_quants_need_the_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    outcome = export_k(tmp_path / "not there", tmp_path / "x.gguf")
+    assert (outcome.code, "--type q4_k_m is made by llama.cpp's llama-quantize" in outcome.err) == (2, True)
+
+
+# Refusals
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

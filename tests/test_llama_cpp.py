@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import modegpt
-from helpers import narrow_llama, run_cli
+from helpers import narrow_llama, run_cli, tiny_llama
 from llama_cpp import LLAMA_CPP, llama_cpp, next_token
 from modegpt.address import open_model
+from modegpt.sources import ModelSource
 
 PROMPTS = ("the model keeps the head of", "a decoder  layer\nreads 12 tokens", "Ünïcode is text, too: \N{SNOWMAN}!")
 
@@ -54,3 +57,27 @@ def test_llama_cpp_goes_on_as_transformers_does(
                 compared += bool(found)
                 ids.append(assert_next(found, own, ids))
     assert compared > 20
+
+
+@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama.cpp's llama-quantize is not on the PATH")
+@LLAMA_CPP
+@pytest.mark.parametrize("kind", ["q4_k_m", "q6_k"])
+def test_llama_cpp_reads_its_own_k_quants(engine: str, kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """With the weights of the file itself; llama.cpp rounds what enters these matrices as well."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    model = tiny_llama(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, initializer_range=0.05)
+    model.save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    path = tmp_path / "x.gguf"
+    outcome = run_cli("export", tmp_path / "wide", "-o", path, "--format", "gguf", "--type", kind)
+    assert outcome.code == 0, outcome.err
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types["blk.0.attn_q.weight"] == kind.upper()[:4]
+    own = ModelSource(str(path)).model()
+    with llama_cpp(path) as server:
+        for prompt in PROMPTS:
+            ids = list(tokenizer(prompt)["input_ids"])
+            with torch.no_grad():
+                logprobs = own(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+            found = next_token(server, ids)
+            assert found == pytest.approx({one: float(logprobs[one]) for one in found}, abs=0.05)

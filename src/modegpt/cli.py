@@ -483,7 +483,10 @@ def export(
         ),
     ],
     type: Annotated[
-        str, typer.Option(help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, q4_0, ...")
+        str,
+        typer.Option(
+            help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, q4_0, ...; q4_k_m and the like."
+        ),
     ] = "f16",
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="llama.cpp's name for how the tokenizer splits text, where it cannot be told.")

@@ -15,6 +15,7 @@ from ..files import existing_parent
 from ..progress import Progress
 from .gguf_file import TYPES, write_gguf
 from .gguf_tokenizer import tokenizer_fields
+from .k_quants import K_QUANTS, check_quantizer
 from .onnx import check_onnx, write_onnx
 from .plain import PlainDecoder, PlainShape, check_plain
 from .stock import stock_model
@@ -47,8 +48,9 @@ def export(
 ) -> ExportFacts:
     """Write the model at ``address``, dense or compressed, for the ``target`` engines into ``output``.
 
-    ``gguf``: one file with the tokenizer, matrices of one ``kind`` of :data:`TYPES`; ``pre_tokenizer`` is llama.cpp's
-    name for how text is split, where it cannot be told. ``stock``: a directory with a plain ``LlamaForCausalLM``.
+    ``gguf``: one file with the tokenizer, matrices of one ``kind`` of :data:`TYPES` or :data:`K_QUANTS`;
+    ``pre_tokenizer`` is llama.cpp's name for how text is split, where it cannot be told. ``stock``: a directory with a
+    plain ``LlamaForCausalLM``.
     ``onnx``: a directory with a graph, of any family. All compute what the model does; where the first two's rules ask
     for more channels, these are zeros. Raises :class:`InvalidRequest` before any weight is read for what cannot be
     written.
@@ -84,10 +86,12 @@ def export(
 def _check(output: Path, target: str, kind: str) -> None:
     if target not in FORMATS:
         raise InvalidRequest(f"--format {target!r}: use one of {', '.join(FORMATS)}")
-    if kind not in TYPES:
-        raise InvalidRequest(f"--type {kind!r}: use one of {', '.join(TYPES)}")
+    if kind not in (*TYPES, *K_QUANTS):
+        raise InvalidRequest(f"--type {kind!r}: use one of {', '.join((*TYPES, *K_QUANTS))}")
     if target != "gguf" and kind != "f16":
         raise InvalidRequest(f"--type {kind} goes with --format gguf; --format {target} keeps the model's dtype")
+    if kind in K_QUANTS:
+        check_quantizer(kind)
     if output.exists():
         raise InvalidRequest(f"--output {str(output)!r} is there already; remove it or choose another")
     if not existing_parent(output).is_dir():

@@ -18,6 +18,7 @@ from gguf import LlamaFileType
 
 from ..files import replace_file
 from .gguf_tokenizer import TokenizerFields
+from .k_quants import K_QUANTS, quantize
 from .plain import PlainDecoder, PlainShape
 
 #: What matrices can be stored as, and how a file of these is labelled.
@@ -49,13 +50,26 @@ _REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_he
 
 
 def write_gguf(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFields, name: str) -> int:
-    """Write ``plain`` with its tokenizer into the file ``path``, matrices as one of :data:`TYPES`; how many numbers.
+    """Write ``plain`` with its tokenizer into the file ``path``; how many numbers.
 
-    MLPs get channels of zeros up to a multiple of 32. Norms, biases and rotary factors are float32; embeddings and head
-    have 8 bits where the other matrices have fewer. A matrix whose rows are no multiple of 32 numbers stays in 16 bits.
+    Matrices are one of :data:`TYPES`, or what llama.cpp makes of them for one of :data:`K_QUANTS`. MLPs get channels of
+    zeros up to a multiple of 32. Norms, biases and rotary factors are float32; embeddings and head have 8 bits where
+    the other matrices have fewer. A matrix whose rows are no multiple of 32 numbers stays in 16 bits.
     """
     counted: list[int] = []
-    replace_file(path, lambda file: counted.append(_write(file, plain, kind, fields, name)))
+
+    def write(file: Path) -> None:
+        if kind not in K_QUANTS:
+            counted.append(_write(file, plain, kind, fields, name))
+            return
+        whole = file.with_name(f"{file.name}.f32")
+        try:
+            counted.append(_write(whole, plain, "f32", fields, name))
+            quantize(whole, file, kind)
+        finally:
+            whole.unlink(missing_ok=True)
+
+    replace_file(path, write)
     return counted[0]
 
 
@@ -119,21 +133,23 @@ def _interleaved(x: torch.Tensor, head: int) -> torch.Tensor:
     return interleaved
 
 
-def stored_as(kind: str, tensor: torch.Tensor, *, embeds: bool) -> str:
-    """Which of :data:`TYPES` a ``tensor`` has in a file of one ``kind``; ``embeds``: of the embeddings or the head."""
-    if tensor.dim() < 2:
-        return "f32"
-    if kind in _BLOCKED and tensor.shape[-1] % BLOCK:
-        return "f16"
-    return "q8_0" if kind in _BLOCKED and embeds else kind
+def from_gguf(label: str, tensor: torch.Tensor, head: int) -> tuple[str, torch.Tensor]:
+    """The name in Transformers of a file's ``tensor`` and its rows in the order there; heads have ``head`` channels."""
+    *layer, owner, kind = label.split(".")
+    names = {written: name for name, written in (_LAYER if layer else _REST).items()}
+    if owner in ("attn_q", "attn_k"):
+        tensor = tensor.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+    name = f"{names[owner]}.{kind}"
+    return f"model.layers.{layer[1]}.{name}" if layer else name, tensor
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: str) -> None:
     data: Any = tensor.to("cpu", torch.float32).contiguous().numpy()
-    chosen = stored_as(kind, tensor, embeds=name.startswith(("token_embd", "output.")))
-    if chosen == "f32":
+    embeds, blocked = name.startswith(("token_embd", "output.")), kind in _BLOCKED
+    if tensor.dim() < 2 or kind == "f32":
         writer.add_tensor(name, data)
-    elif chosen == "f16":
+    elif kind == "f16" or (blocked and tensor.shape[-1] % BLOCK):
         writer.add_tensor(name, data.astype(np.float16))
     else:
-        writer.add_tensor(name, gguf.quants.quantize(data, TYPES[chosen][0]), raw_dtype=TYPES[chosen][0])
+        chosen = TYPES["q8_0" if blocked and embeds else kind][0]
+        writer.add_tensor(name, gguf.quants.quantize(data, chosen), raw_dtype=chosen)
