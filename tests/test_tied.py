@@ -26,9 +26,9 @@ from modegpt.results import Choice
 SIZES: dict[str, Any] = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192}
 
 
-def compressed(profile: str, ratio: float, **settings: Any) -> PreTrainedModel:
+def compressed(profile: str, ratio: float, align: int = 1, **settings: Any) -> PreTrainedModel:
     model = tiny_llama(**{**SIZES, **settings})
-    return modegpt.compress(model, calibration=token_windows(16, 32), ratio=ratio, profile=profile)
+    return modegpt.compress(model, calibration=token_windows(16, 32), ratio=ratio, profile=profile, align=align)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
@@ -52,6 +52,14 @@ def test_nothing_is_padded(profile: str, ratio: float) -> None:
         ids = token_windows(2, 24).ids
         with torch.no_grad():
             torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=1e-4, atol=5e-5)
+
+
+def test_widths_for_k_quants() -> None:
+    model = compressed("gguf", 0.3, intermediate_size=1024, align=256)
+    shape = PlainDecoder(model).shape
+    assert all(width % 256 == 0 for width in shape.widths)
+    assert sum(shape.widths) < 3 * 1024
+    assert shape.head == SIZES["head_dim"]
 
 
 def chosen(profile: str, ratio: float, numbers: list[int] | None = None) -> tuple[Choice, float]:
