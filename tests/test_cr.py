@@ -37,12 +37,14 @@ def test_diagonal_grams_have_a_known_answer() -> None:
     assert result.channels.tolist() == [2, 3]
     assert result.error == pytest.approx(8, rel=1e-15)
     assert result.norm == pytest.approx(42, rel=1e-15)
+    assert result.scores.square().tolist() == pytest.approx([4, 4, 9, 25], rel=1e-15)
 
     paired = cr_decomposition(query[None], key, 1)  # pairs (0, 2): 13 and (1, 3): 29
     assert pairs_of(paired) == [1]
     assert paired.channels.tolist() == [1, 3]
     assert paired.channels.dtype == torch.int64
     assert paired.error == pytest.approx(13, rel=1e-15)
+    assert paired.scores.square().tolist() == pytest.approx([13, 29], rel=1e-15)
 
 
 @pytest.mark.parametrize("neighbours", [True, False])

@@ -111,7 +111,10 @@ def test_channels_of_largest_leverage_are_kept(ridge: float) -> None:
     shift = ridge * gram.trace() / 16 * torch.eye(16, dtype=torch.float64)
     scores = torch.diagonal(gram @ torch.linalg.inv(gram + shift)).tolist()
     best = sorted(range(16), key=lambda index: -scores[index])[:6]
-    assert nystrom_decomposition(gram, randn(16, 3), 6, ridge).kept.tolist() == sorted(best)
+    result = nystrom_decomposition(gram, randn(16, 3), 6, ridge)
+    assert result.kept.tolist() == sorted(best)
+    assert result.scores is not None
+    assert result.scores.tolist() == pytest.approx(scores, rel=1e-9)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan")])

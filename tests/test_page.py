@@ -8,16 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import modegpt
 from helpers import Outcome, compress_arguments, run_cli
 from modegpt import hub
-from modegpt.results import curve_ranks
+from modegpt.results import spectrum_of, thinned
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
@@ -94,15 +96,41 @@ def test_all_that_is_known_of_several_models(made: Path, tmp_path: Path) -> None
         report = modegpt.CompressionReport.read(made / name)
         rows = dict(row for row in cells.rows if len(row) == 2)
         assert ["Method", f"{report.options['method']}, allocation {report.options['allocation']}"] in cells.rows
-        assert ["Decoder-block parameters removed", f"{report.block_parameters.removed:.1%}"] in cells.rows
+        blocks, size = report.block_parameters, report.bytes
+        assert [
+            "Decoder-block parameters removed",
+            f"{blocks.removed:.1%} ({report.options['ratio']:.1%} asked for)",
+        ] in cells.rows
+        assert ["Weights", f"float32, {size.compressed / 1e6:.1f} MB ({size.dense / 1e6:.1f} MB dense)"] in cells.rows
+        assert len(report.measured()) == 1
+        for text_name, pair in report.measured().items():
+            assert [f"Perplexity ({text_name})", f"{pair.compressed:.2f} ({pair.dense:.2f} dense)"] in cells.rows
         assert rows["Peak memory"].endswith(" GB")
         assert report.command.split()[0] in text
     figures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     curves = {f"greedy-curve-{module}" for module in ("mlp", "qk", "vo")}
+    curves |= {f"paper-spectrum-{module}" for module in ("mlp", "qk", "vo")}
     own = {"greedy-ranks", "greedy-errors", "greedy-losses", "paper-ranks", "paper-errors", "paper-scores"}
     assert figures == curves | own | {"size", "speed"}
     assert figures == {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert text.count("<svg") == len(figures)
+
+
+def test_what_a_profile_predicts_is_beside_what_was_measured(
+    made: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    arguments = ("--calibration", text_file, "--samples", 4, "--sequence-length", 32, "--output", tmp_path / "profile")
+    assert run_cli("profile", tiny_checkpoint, *arguments, "--quiet").code == 0
+    figures = ("--profile", tmp_path / "profile", "--figures", tmp_path / "figures")
+    outcome, text = page(tmp_path / "r.html", made / "greedy", *figures)
+    assert outcome.code == 0, outcome.err
+    drawn = (tmp_path / "figures" / "size.svg").read_text()
+    assert "predicted for" in drawn
+    assert "stroke-dasharray" in drawn
+    assert "see modegpt curve" in text
+    no_profile = ("--profile", made / "paper", "--output", tmp_path / "no.html")
+    assert run_cli("report", made / "greedy", *no_profile).code == 2
+    assert not (tmp_path / "no.html").exists()
 
 
 def test_the_page_needs_nothing_but_itself(made: Path, tmp_path: Path) -> None:
@@ -146,35 +174,99 @@ def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) ->
         assert f"<h2>{heading}</h2>" in text
 
 
-def test_curves_in_the_report_are_the_errors_at_every_rank(made: Path) -> None:
+# Spectra
+
+
+def test_curves_are_the_errors_at_every_rank(made: Path) -> None:
     """At the rank that was chosen they give the module's own error, before the second fit of its inputs."""
     for layer in modegpt.CompressionReport.read(made / "greedy").layers:
         for module, facts in layer.modules.items():
             assert facts.curve is not None
-            ranks = curve_ranks(facts.full)
+            ranks = thinned(facts.full)
             assert len(facts.curve) == len(ranks)
             assert facts.curve[0] == pytest.approx(1, abs=0.02)
             assert facts.curve == sorted(facts.curve, reverse=True)
-            if module != "mlp" and facts.rank in ranks:
+            if module != "mlp":
                 assert facts.curve[ranks.index(facts.rank)] == pytest.approx(facts.relative_error, abs=1e-4)
-    assert all(
-        m.curve is None
-        for layer in modegpt.CompressionReport.read(made / "paper").layers
-        for m in layer.modules.values()
-    )
 
 
-def test_curves_of_another_length_are_left_out(made: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
+def test_spectra_are_what_the_rank_cuts(made: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:
+    layers = modegpt.CompressionReport.read(made / "paper").layers
+    for facts in (facts for layer in layers for facts in layer.modules.values() if facts.rank < facts.full):
+        assert facts.curve is None
+        assert facts.spectrum is not None
+        assert len(facts.spectrum) == facts.full
+        assert facts.spectrum == sorted(facts.spectrum, reverse=True)
+    assert all(0 < max(layer.modules["mlp"].spectrum or ()) <= 1 for layer in layers)
+    for method, ratio, known in (("svd-llm", 0.4, "curve"), ("slicegpt", 0.3, "spectrum")):
+        arguments = compress_arguments(tiny_checkpoint, tmp_path / method, text_file, "--method", method, ratio=ratio)
+        assert run_cli(*arguments, "--quiet").code == 0
+        for layer in modegpt.CompressionReport.read(tmp_path / method).layers:
+            assert all(getattr(facts, known) for facts in layer.modules.values())
+            for facts in layer.modules.values() if known == "curve" else ():
+                at = thinned(facts.full).index(facts.rank)
+                assert (facts.curve or ())[at] == pytest.approx(facts.relative_error, abs=1e-5)
+
+
+def test_thinned_spectra_keep_their_ends() -> None:
+    assert spectrum_of(torch.tensor([[1.0, 3.0, 2.0], [6.0, 4.0, 5.0]])) == [4.5, 3.5, 2.5]
+    found = spectrum_of(torch.arange(1000, dtype=torch.float64))
+    assert (len(found), found[0], found[-1]) == (129, 999, 0)
+    assert found == [999 - place for place in thinned(999)]
+    assert thinned(0) == [0]
+
+
+def test_spectra_stay_with_a_model_that_is_saved_again(made: Path, tmp_path: Path) -> None:
+    assert "curve" not in (made / "greedy" / "compression.json").read_text()
+    modegpt.save(modegpt.load(made / "greedy"), tmp_path / "again")
+    for name in ("compression.json", "spectra.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (made / "greedy" / name).read_bytes()
+
+
+def changed_spectra(made: Path, copy: Path, change: Callable[[Any], None]) -> None:
     shutil.copytree(made / "greedy", copy)
-    report = json.loads((copy / "compression.json").read_text())
-    for layer in report["layers"]:
-        layer["modules"]["vo"]["curve"] = [1.0, 0.0]
-        layer["modules"]["qk"].pop("curve")
-    (copy / "compression.json").write_text(json.dumps(report))
-    outcome, _ = page(tmp_path / "r.html", copy, "--figures", tmp_path / "figures")
+    spectra = json.loads((copy / "spectra.json").read_text())
+    change(spectra)
+    (copy / "spectra.json").write_text(json.dumps(spectra))
+
+
+def test_older_checkpoints_have_no_spectra(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "greedy", tmp_path / "copy")
+    (tmp_path / "copy" / "spectra.json").unlink()
+    outcome, text = page(tmp_path / "r.html", tmp_path / "copy")
+    assert outcome.code == 0, outcome.err
+    assert text.count("<svg") == 3
+
+
+def test_curves_that_do_not_fit_are_left_out(made: Path, tmp_path: Path) -> None:
+    def change(spectra: Any) -> None:
+        for layer in spectra["layers"]:
+            layer["vo"]["curve"] = [1.0] * 1000
+            layer["qk"].pop("curve")
+
+    changed_spectra(made, tmp_path / "copy", change)
+    outcome, _ = page(tmp_path / "r.html", tmp_path / "copy", "--figures", tmp_path / "figures")
     assert outcome.code == 0, outcome.err
     assert [path.stem for path in (tmp_path / "figures").glob("*-curve-*.png")] == ["copy-curve-mlp"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda spectra: spectra["layers"].pop(), "is not of the layers that compression.json has"),
+        (lambda spectra: spectra["layers"][0].pop("vo"), "is not of the layers that compression.json has"),
+        (lambda spectra: spectra["layers"][0]["vo"].update(curve=[float("nan")]), "layers.0.vo.curve.0: "),
+        (lambda spectra: spectra["layers"][0]["vo"].update(spectrum="<svg>"), "layers.0.vo.spectrum: "),
+        (lambda spectra: spectra.update(extra=1), "extra: "),
+    ],
+)
+def test_damaged_spectra_are_refused(made: Path, tmp_path: Path, change: Callable[[Any], None], problem: str) -> None:
+    changed_spectra(made, tmp_path / "copy", change)
+    outcome = run_cli("report", tmp_path / "copy", "--output", tmp_path / "r.html")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "spectra.json is not" in outcome.err
+    assert problem in outcome.err
+    assert not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +331,7 @@ def test_half_a_checkpoint_is_not_pushed(
     shutil.copytree(made / "greedy", tmp_path / "half")
     (tmp_path / "half" / missing).unlink()
     outcome = run_cli("push", tmp_path / "half", "me/half")
-    assert outcome.code != 0
+    assert outcome.code == 2
     assert re.search(f"has no .*{re.escape(missing.replace('model.', '*.'))}|{missing} cannot be read", outcome.err)
 
 

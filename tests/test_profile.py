@@ -32,7 +32,7 @@ from modegpt.least_loss import Part, largest_ratio, losses_at, ranks_from_losses
 from modegpt.methods import METHODS, Greedy
 from modegpt.profile import Profiler, parts_of
 from modegpt.report import CompressionReport
-from modegpt.results import Choice, ModuleProfile, Profile
+from modegpt.results import Choice, ModuleProfile, Profile, thinned
 
 
 def windows(count: int = 8, length: int = 16, seed: int = 1, *, padded: bool = False) -> TokenWindows:
@@ -133,7 +133,7 @@ def test_curves_hold_the_objective_at_every_rank() -> None:
             for index, layer in enumerate(result.layers):
                 for module, one in layer.modules.items():
                     found = profile.layers[index][module]
-                    stated = found.errors[ModuleProfile.ranks(found.full).index(one.rank)]
+                    stated = found.errors[thinned(found.full).index(one.rank)]
                     norm = found.errors[0]
                     # At a rank the paper's choice may be better than the curve's.
                     assert one.relative_error**2 <= stated / norm * (1 + 1e-6) + 1e-9

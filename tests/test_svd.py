@@ -42,6 +42,8 @@ def test_one_head_keeps_the_largest_singular_values_of_the_product() -> None:
     result = svd_decomposition(identity, identity, output[None], 2)
     assert result.error == pytest.approx(1, rel=1e-13)
     assert result.norm == pytest.approx(14, rel=1e-13)
+    assert result.singular is not None
+    close(result.singular, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), rtol=1e-14)
     close(result.value @ result.output[0], torch.diag(torch.tensor([0.0, 3.0, 2.0], dtype=torch.float64)), rtol=1e-14)
 
 
@@ -54,6 +56,8 @@ def test_group_keeps_the_largest_singular_values_of_the_weighted_value_map() -> 
     expected[:, 2] = 0
     close(result.value @ result.output, expected, rtol=1e-14)
     assert result.error == pytest.approx(squared(output[:, 2]), rel=1e-13)
+    assert result.singular is not None
+    close(result.singular, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), rtol=1e-14)
     assert result.norm == pytest.approx(sum(c * squared(output[:, i]) for i, c in enumerate((4, 9, 1))), rel=1e-13)
 
 
@@ -229,6 +233,8 @@ def test_heads_wider_than_the_model_are_padded_with_nothing(heads: int) -> None:
     gram = gram @ gram.T
     result = svd_decomposition(gram, value, output, 6)
     assert result.value.shape == (1, 4, 6)
+    assert result.singular is not None
+    assert result.singular.shape == (1, 8)
     assert result.output.shape == (1, heads, 6, 4)
     torch.testing.assert_close(result.value[:, None] @ result.output, value[:, None] @ output, rtol=1e-9, atol=1e-9)
     assert result.error <= 1e-12 * result.norm

@@ -415,6 +415,10 @@ def report(
     bench: Annotated[
         list[Path] | None, typer.Option(help="A file of bench --output; can be given several times.")
     ] = None,
+    profile: Annotated[
+        list[Path] | None,
+        typer.Option(help="What `profile` wrote, for its curve beside what was measured; can be given several times."),
+    ] = None,
     figures: Annotated[Path | None, typer.Option(help="Also write all figures as PNG and SVG files into it.")] = None,
 ) -> None:
     """Write one page of HTML about compressed models: what they are, how good, how fast, layer by layer.
@@ -424,6 +428,7 @@ def report(
     Example: **modegpt report small-20 small-30 --evaluation quality.json --bench speed.json -o report.html**
     """
     from .console import say
+    from .curve import predicted_curve
     from .page import Bench, Checkpoint, Evaluation, Page, check_page, read_results
 
     check_page(output, figures)
@@ -431,6 +436,7 @@ def report(
         [Checkpoint.read(directory) for directory in checkpoints],
         [read_results(path, Evaluation, "--evaluation") for path in evaluation or ()],
         [read_results(path, Bench, "--bench") for path in bench or ()],
+        [predicted_curve(directory) for directory in profile or ()],
     ).write(output, figures)
     say(Console(), f"Written: {output}")
 

@@ -200,10 +200,8 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
     )
     if report.alignment is not None:
         table.add_row("Ranks are multiples of (measured)", "", str(report.alignment.chosen), "")
-    if report.perplexity and report.evaluation:
-        measured = {report.evaluation.source: report.perplexity, **(report.perplexities or {})}
-        for text, pair in measured.items():
-            table.add_row(escape(f"Perplexity ({text})"), f"{pair.dense:.3f}", f"{pair.compressed:.3f}", "")
+    for text, pair in report.measured().items():
+        table.add_row(escape(f"Perplexity ({text})"), f"{pair.dense:.3f}", f"{pair.compressed:.3f}", "")
     if run is not None:
         table.add_section()
         for name, seconds in run.seconds.items():

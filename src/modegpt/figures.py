@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy
 from matplotlib.figure import Figure
 
 from .budget import Module
 from .report import CompressionReport, LayerFacts
-from .results import curve_ranks
+from .results import ModuleResult, thinned
 
 #: Text and axes are drawn in it, and in a page in the colour of its text.
 _INK = "#010101"
@@ -32,6 +33,16 @@ _STYLE: Any = {
     **{f"axes.{part}color": _INK for part in ("edge", "label")},
     "axes.facecolor": "none",
     "legend.frameon": False,
+}
+#: Of the largest of a spectrum: below, it is not drawn.
+_FAINT = 1e-4
+_EACH = "a line for each layer (early ones dark), the cut at the dot."
+#: What is in :attr:`ModuleResult.spectrum`.
+_SPECTRA: Mapping[Module, str] = {
+    "mlp": "ridge leverage scores of the channels, the largest first",
+    "qk": "scores of the rotary pairs (size of queries times size of keys), the largest first",
+    "vo": "singular values, the largest first",
+    "stream": "sizes of the stream along its principal directions, the largest first",
 }
 #: Letters of a label in a legend.
 _LABEL = 24
@@ -137,45 +148,62 @@ def _scores(report: CompressionReport, name: str) -> Plot:
 
 
 def _curves(report: CompressionReport, name: str) -> list[Plot]:
-    """For each module the error against rank in every layer, with a dot at the cut."""
+    """For each module the error against rank in every layer and the spectra, with a dot at the cut."""
     plots = []
     for module in report.layers[0].modules:
         facts = [layer.modules[module] for layer in report.layers if module in layer.modules]
-        known = [one for one in facts if one.curve and one.full > 0 and len(one.curve) == len(curve_ranks(one.full))]
-        if not known:
-            continue
-
-        def draw(axes: Any, known: Any = known) -> None:
-            colours = mpl.colormaps["viridis"]
-            for place, one in enumerate(known):
-                ranks, colour = curve_ranks(one.full), colours(0.15 + 0.75 * place / max(1, len(known) - 1))
-                axes.plot([100 * rank / one.full for rank in ranks], one.curve, lw=0.8, color=colour)
-                axes.plot(100 * one.rank / one.full, _at(one.curve, ranks, one.rank), "o", ms=4, color=colour)
-            axes.set_ylim(bottom=0)
-
-        caption = (
-            f"{module.upper()}: relative error against what is kept, a line for each layer (early ones dark), the "
-        )
-        caption += "cut at the dot."
-        plots.append(_plot(f"{name}-curve-{module}", caption, draw, ("kept, %", "relative error")))
+        if errors := _lines_of(facts, lambda one: (one.curve, 0)):
+            what = f"{module.upper()}: relative error against what is kept, {_EACH}"
+            plots.append(_plot(f"{name}-curve-{module}", what, _cut(errors), ("kept, %", "relative error")))
+        if spectra := _lines_of(facts, lambda one: (one.spectrum if any(one.spectrum or ()) else None, 1)):
+            what = f"{module.upper()}: {_SPECTRA.get(module, 'spectrum')}, {_EACH}"
+            labels = ("largest, %", "share of the largest")
+            plots.append(_plot(f"{name}-spectrum-{module}", what, _cut(spectra, relative=True), labels))
     return plots
 
 
-def _at(curve: Sequence[float], ranks: Sequence[int], rank: int) -> float:
-    """On the straight lines between the points."""
-    import numpy
-
-    return float(numpy.interp(rank, ranks, curve))
+_Line = tuple[ModuleResult, list[int], list[float]]
 
 
-def size_plot(points: Mapping[str, Sequence[tuple[float, float, str]]]) -> Plot:
-    """Perplexity against size: for each text the millions of parameters, the perplexity and the model's name."""
+def _lines_of(
+    facts: Sequence[ModuleResult], heights: Callable[[ModuleResult], tuple[list[float] | None, int]]
+) -> list[_Line]:
+    """For every layer the ranks and the thinned ``heights`` over them, given with the first rank."""
+    found = []
+    for one in facts:
+        known, first = heights(one)
+        ranks = [first + place for place in thinned(one.full - first, len(known) - 1)] if known else []
+        if known and one.full > 0 and len(known) == len(ranks):
+            found.append((one, ranks, known))
+    return found
+
+
+def _cut(lines: Sequence[_Line], *, relative: bool = False) -> Callable[[Any], None]:
+    """A line for every layer; if ``relative``, over its largest value and on a scale of powers."""
 
     def draw(axes: Any) -> None:
-        for (text, found), colour in zip(points.items(), cycle(_COLOURS), strict=False):
-            ordered = sorted(found)
-            axes.plot([size for size, _, _ in ordered], [value for _, value, _ in ordered], "o-", ms=4, lw=1.4,
-                      color=colour, label=_short(text))  # fmt: skip
+        for place, (one, ranks, heights) in enumerate(lines):
+            colour = mpl.colormaps["viridis"](0.15 + 0.75 * place / max(1, len(lines) - 1))
+            shown = [height / max(heights) for height in heights] if relative else heights
+            axes.plot([100 * rank / one.full for rank in ranks], shown, lw=0.8, color=colour)
+            axes.plot(100 * one.rank / one.full, numpy.interp(one.rank, ranks, shown), "o", ms=4, color=colour)
+        if relative:
+            axes.set_yscale("log")
+        axes.set_ylim(**{"bottom": _FAINT, "top": 1.5} if relative else {"bottom": 0})
+
+    return draw
+
+
+_Sizes = Sequence[tuple[float, float]]
+
+
+def size_plot(points: Mapping[str, _Sizes], predicted: Mapping[str, _Sizes]) -> Plot:
+    """Perplexity against millions of parameters: as measured on each text, and as each profile has it."""
+
+    def draw(axes: Any) -> None:
+        lines = [("o-", *one) for one in points.items()] + [("--", *one) for one in predicted.items()]
+        for (style, name, found), colour in zip(lines, cycle(_COLOURS), strict=False):
+            axes.plot(*zip(*sorted(set(found)), strict=True), style, ms=4, lw=1.4, color=colour, label=_short(name))
         axes.set_yscale("log")
 
     caption = "Perplexity against the parameters of the whole model, dense on the right."

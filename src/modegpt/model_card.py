@@ -7,17 +7,18 @@ from .report import CompressionReport
 
 def card_rows(report: CompressionReport) -> list[tuple[str, str]]:
     """What a compressed model is, in pairs of a name and a value."""
+    blocks, everything, size = report.block_parameters, report.parameters, report.bytes
+    left = f"{everything.compressed:,.0f} of {everything.dense:,.0f} left"
     rows = [
         ("Compressed from", report.source),
         ("Method", f"{report.options.get('method')}, allocation {report.options.get('allocation')}"),
-        ("Decoder-block parameters removed", f"{report.block_parameters.removed:.1%}"),
-        ("All parameters removed", f"{report.parameters.removed:.1%} ({report.parameters.compressed:,.0f} left)"),
-        ("Weights", f"{report.dtype}, {report.bytes.compressed / 1e6:,.1f} MB"),
+        ("Decoder-block parameters removed", f"{blocks.removed:.1%} ({report.requested_ratio:.1%} asked for)"),
+        ("All parameters removed", f"{everything.removed:.1%} ({left})"),
+        ("Weights", f"{report.dtype}, {size.compressed / 1e6:,.1f} MB ({size.dense / 1e6:,.1f} MB dense)"),
         ("Calibration", f"{report.calibration.source}, {report.calibration.tokens:,} tokens"),
     ]
-    if report.perplexity and report.evaluation:
-        change = f"{report.perplexity.dense:.2f} dense, {report.perplexity.compressed:.2f} compressed"
-        rows.append((f"Perplexity ({report.evaluation.source})", change))
+    for text, pair in report.measured().items():
+        rows.append((f"Perplexity ({text})", f"{pair.compressed:.2f} ({pair.dense:.2f} dense)"))
     return rows
 
 

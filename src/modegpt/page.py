@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from .console import duration
+from .curve import Curve
 from .errors import InvalidRequest
 from .files import replace_file, storing
 from .model_card import card_rows
@@ -132,6 +133,7 @@ class Page:
     checkpoints: Sequence[Checkpoint]
     evaluations: Sequence[Evaluation] = ()
     benches: Sequence[Bench] = ()
+    predicted: Sequence[Curve] = ()
 
     def __post_init__(self) -> None:
         missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
@@ -183,12 +185,17 @@ class Page:
         return [section for section in found if section is not None]
 
     def _sizes(self, names: Sequence[str]) -> Section | None:
-        """Several checkpoints beside each other, where there are several."""
-        if len(self.checkpoints) == 1:
+        """Several checkpoints beside each other, and what profiles predict, where there are several or any."""
+        if len(self.checkpoints) == 1 and not self.predicted:
             return None
         from .figures import size_plot
 
-        rows, points = [], dict[tuple[str, str, str], list[tuple[float, float, str]]]()
+        known = _distinct([f"predicted for {Path(curve.source).name}" for curve in self.predicted])
+        predicted = {
+            name: [(point.parameters / 1e6, point.perplexity) for point in curve.points]
+            for name, curve in zip(known, self.predicted, strict=True)
+        }
+        rows, points = [], dict[tuple[str, str, str], list[tuple[float, float]]]()
         for name, one in zip(names, self.checkpoints, strict=True):
             report = one.report
             method = str(report.options.get("method"))
@@ -198,8 +205,8 @@ class Page:
                 row.append(f"{report.perplexity.compressed:.2f} ({report.perplexity.dense:.2f})")
                 own = points.setdefault((report.source, method, report.evaluation.source), [])
                 own += [
-                    (report.parameters.compressed / 1e6, report.perplexity.compressed, name),
-                    (report.parameters.dense / 1e6, report.perplexity.dense, "dense"),
+                    (report.parameters.compressed / 1e6, report.perplexity.compressed),
+                    (report.parameters.dense / 1e6, report.perplexity.dense),
                 ]
             rows.append([*row, ""][:5])
         heads = ["", "method", "removed of the blocks", "million parameters", "perplexity (dense)"]
@@ -208,7 +215,11 @@ class Page:
             ", ".join([method, Path(text).name, *([Path(source).name] if several else [])]): found
             for (source, method, text), found in points.items()
         }
-        return Section("Size", [Table(heads, rows)], [size_plot(lines)] if lines else [])
+        plots = [size_plot(lines, predicted)] if lines or predicted else []
+        return Section("Size", [Table(heads, rows)], plots, _PREDICTED if predicted else "")
+
+
+_PREDICTED = "Predictions are for the text that the profile's sensitivities were measured on, see modegpt curve."
 
 
 def _quality(evaluation: Evaluation) -> Section:

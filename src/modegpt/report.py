@@ -1,4 +1,4 @@
-"""The facts of one compression, as ``compression.json`` keeps them beside the weights."""
+"""The facts of one compression, as ``compression.json`` and ``spectra.json`` keep them beside the weights."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,7 +27,7 @@ from .errors import CheckpointError
 from .families import decoder_layers, family_of
 from .results import Choice, LayerResult, ModuleResult
 
-REPORT_FILE, RUN_FILE = "compression.json", "run.json"
+REPORT_FILE, SPECTRA_FILE, RUN_FILE = "compression.json", "spectra.json", "run.json"
 _PACKAGES = ("modegpt", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
@@ -129,6 +129,23 @@ class AlignmentFacts(_Facts):
     """For each alignment, of products with a billion parameters: with one token and with many at once."""
 
 
+_Curve = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=1)] | None
+
+
+class _Spectrum(_Facts):
+    """What of a :class:`ModuleResult` the report has no room for."""
+
+    curve: _Curve = None
+    spectrum: _Curve = None
+
+
+class _Spectra(_Facts):
+    """What ``spectra.json`` keeps."""
+
+    format: int = 1
+    layers: list[dict[Module, _Spectrum]]
+
+
 class CompressionReport(_Facts):
     """Everything needed to judge a compression and to repeat it."""
 
@@ -152,25 +169,62 @@ class CompressionReport(_Facts):
     """Where the alignment of ranks was measured."""
     layers: list[LayerFacts] = Field(min_length=1)
 
+    def measured(self) -> dict[str, Pair]:
+        """The perplexity on the evaluation text and, where that has several sources, on each of them."""
+        if self.perplexity is None or self.evaluation is None:
+            return {}
+        return {self.evaluation.source: self.perplexity, **(self.perplexities or {})}
+
     def write(self, directory: Path) -> None:
-        """Write ``compression.json`` into ``directory``: readable at its head, one line for every layer."""
+        """Write ``compression.json`` into ``directory`` and, where there is something for it, ``spectra.json``."""
         facts = self.model_dump(mode="json")
-        layers = ",\n".join(f"  {json.dumps(layer)}" for layer in facts.pop("layers"))
-        head = json.dumps(facts, indent=1).removesuffix("\n}")
-        (directory / REPORT_FILE).write_text(f'{head},\n "layers": [\n{layers}\n ]\n}}\n', encoding="utf-8")
+        modules = [layer["modules"] for layer in facts["layers"]]
+        spectra = [
+            {name: {part: one.pop(part) for part in _Spectrum.model_fields} for name, one in layer.items()}
+            for layer in modules
+        ]
+        _write_layers(directory / REPORT_FILE, facts)
+        if any(part for layer in spectra for one in layer.values() for part in one.values()):
+            _write_layers(directory / SPECTRA_FILE, {"format": 1, "layers": spectra})
 
     @classmethod
     def read(cls, directory: Path) -> CompressionReport:
-        """Read and validate the report in ``directory``; raises :class:`CheckpointError`."""
-        path = directory / REPORT_FILE
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "the file"
-            raise CheckpointError(f"{path} is not a compression report: {where}: {problem['msg']}") from error
+        """Read and validate the report in ``directory`` and the spectra beside it; raises :class:`CheckpointError`."""
+        report = _read(directory / REPORT_FILE, cls)
+        if not (path := directory / SPECTRA_FILE).is_file():
+            return report
+        spectra = _read(path, _Spectra).layers
+        if [layer.keys() for layer in spectra] != [layer.modules.keys() for layer in report.layers]:
+            raise CheckpointError(f"{path} is not of the layers that {REPORT_FILE} has")
+        layers = [
+            layer.model_copy(
+                update={"modules": {name: replace(one, **vars(own[name])) for name, one in layer.modules.items()}}
+            )
+            for layer, own in zip(report.layers, spectra, strict=True)
+        ]
+        return report.model_copy(update={"layers": layers})
+
+
+_File = TypeVar("_File", bound=_Facts)
+_KINDS = {REPORT_FILE: "a compression report", SPECTRA_FILE: "a report's spectra"}
+
+
+def _read(path: Path, kind: type[_File]) -> _File:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the file"
+        raise CheckpointError(f"{path} is not {_KINDS[path.name]}: {where}: {problem['msg']}") from error
+
+
+def _write_layers(path: Path, facts: Mapping[str, Any]) -> None:
+    """``facts`` as JSON: readable at its head, and one line for every layer."""
+    layers = ",\n".join(f"  {json.dumps(layer)}" for layer in facts["layers"])
+    head = json.dumps({name: value for name, value in facts.items() if name != "layers"}, indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "layers": [\n{layers}\n ]\n}}\n', encoding="utf-8")
 
 
 def build_report(

@@ -12,18 +12,23 @@ from .budget import LayerGeometry, LayerRanks, Module
 from .errors import CheckpointError
 from .least_loss import Part, by_part, losses_at
 
-#: Points of an error curve that are kept; in between it is a straight line.
+#: Points of an error curve that are kept, but for the first; in between it is a straight line.
 _POINTS = 128
-#: Points of a curve in a report.
-_SHOWN = 32
 #: Of J(0), and in nats: what rounding and the ridge make of an error and a divergence that are none.
 _FAINT_ERROR, _FAINT_DIVERGENCE = 1e-2, 1e-5
 
 
-def curve_ranks(full: int) -> list[int]:
-    """The ranks of :attr:`ModuleResult.curve`, from 0 to ``full``."""
-    points = min(_SHOWN, full)
-    return [round(full * point / points) for point in range(points + 1)]
+def thinned(last: int, points: int = _POINTS) -> list[int]:
+    """The places of 0, 1, ..., ``last`` that are kept of a curve over them: evenly spread, at most ``points`` steps."""
+    steps = max(1, min(points, last))
+    return sorted({round(last * step / steps) for step in range(steps + 1)})
+
+
+def spectrum_of(values: torch.Tensor) -> list[float]:
+    """:attr:`ModuleResult.spectrum` of ``values`` (..., n): of several rows the mean of what is i-th in each."""
+    ordered = values.sort(dim=-1, descending=True).values.reshape(-1, values.shape[-1]).mean(0)
+    found: list[float] = ordered[thinned(len(ordered) - 1)].tolist()
+    return [float(f"{value:.6g}") for value in found]
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class ModuleResult:
     expert_tokens: list[int] | None = None
     """Tokens that calibrated each expert, where there are experts."""
     curve: list[float] | None = None
-    """The relative error at :func:`curve_ranks`, where the method knew it for all ranks; without any second fit."""
+    """The relative error at the ranks :func:`thinned` (full), where the method knows all; without any second fit."""
+    spectrum: list[float] | None = None
+    """Of what the rank cuts, scores or singular values, the largest first, those at :func:`thinned` (full - 1)."""
 
     @property
     def experts_short_of_tokens(self) -> list[int]:
@@ -82,30 +89,24 @@ class ModuleProfile:
 
     full: int
     errors: list[float]
-    """J at :meth:`ranks`."""
+    """J at the ranks :func:`thinned` (full)."""
     probed: int
     divergence: float
     """E over tokens of KL(dense || with this module at rank ``probed``), in nats."""
 
     def __post_init__(self) -> None:
-        if len(self.errors) != len(self.ranks(self.full)) or not 0 <= self.probed <= self.full:
+        if len(self.errors) != len(thinned(self.full)) or not 0 <= self.probed <= self.full:
             raise ValueError(f"not the profile of a module of {self.full} units")
-
-    @staticmethod
-    def ranks(full: int) -> list[int]:
-        """The ranks whose objective is kept, from 0 to ``full``."""
-        points = min(_POINTS, full)
-        return [round(full * point / points) for point in range(points + 1)]
 
     @classmethod
     def of(cls, curve: torch.Tensor, probed: int, divergence: float) -> ModuleProfile:
         """That of a module with J = ``curve`` at ranks 0, 1, ..., full."""
         full = len(curve) - 1
-        return cls(full, curve[cls.ranks(full)].tolist(), probed, divergence)
+        return cls(full, curve[thinned(full)].tolist(), probed, divergence)
 
     def curve(self) -> torch.Tensor:
         """J at ranks 0, 1, ..., full: (full + 1,) float64."""
-        ranks = self.ranks(self.full)
+        ranks = thinned(self.full)
         curve = torch.zeros(self.full + 1, dtype=torch.float64)
         for low, high, above, below in zip(ranks, ranks[1:], self.errors, self.errors[1:], strict=False):
             curve[low : high + 1] = torch.linspace(above, below, high - low + 1, dtype=torch.float64)

@@ -31,7 +31,7 @@ from .layered import LayeredModel
 from .layout import HeadShape
 from .likeness import forward_code
 from .modeling import NORMS, Family
-from .results import Choice, LayerResult, ModuleResult
+from .results import Choice, LayerResult, ModuleResult, spectrum_of
 from .runner import Finite, ending_at, real_rows
 from .statistics import GramSum
 from .weights import (
@@ -246,7 +246,8 @@ class Slicer:
             own = complete(self._thin.layers[index], own, like=layer)
         state = engine.workers.tensors(own, 0, engine.dense.device)
         lost = (entering.lost(self._width) + middle.lost(self._width)) / 2
-        stream = ModuleResult(self._width, len(middle.basis), lost**0.5, None)
+        spectrum = spectrum_of(entering.energies.sqrt())
+        stream = ModuleResult(self._width, len(middle.basis), lost**0.5, None, spectrum=spectrum)
         self._results[index] = LayerResult(self._choice.sparsity[index], {"stream": stream})
         engine.keep_layer(index, self._thin, state, self._results[index])
 

@@ -20,7 +20,7 @@ from .methods import Ladder, Method, Solution
 from .modeling import Family
 from .parallel import Workers
 from .progress import Progress
-from .results import ModuleResult, curve_ranks
+from .results import ModuleResult, spectrum_of, thinned
 from .statistics import LayerStatistics, gates_of
 from .weights import (
     HeadWeights,
@@ -56,14 +56,18 @@ class Outcome:
     norm: float
     kept: list[Any] | None
     errors: list[float] | None
-    """The objective at :func:`curve_ranks`, where the method knew it for all ranks."""
+    """The objective at the ranks :func:`thinned` (full), where the method knows it for all."""
+    spectrum: list[float] | None
+    """See :attr:`ModuleResult.spectrum`."""
 
     @classmethod
     def of(cls, solution: Solution[Any], ladder: Ladder[Any]) -> Outcome:
         """That of ``solution``, one of the ``ladder``."""
         kept = None if solution.kept is None else solution.kept.tolist()
-        known = ladder.curve()[curve_ranks(ladder.full)] if isinstance(ladder.errors, torch.Tensor) else None
-        return cls(solution.error, solution.norm, kept, None if known is None else known.tolist())
+        known = isinstance(ladder.errors, torch.Tensor) or solution.factors  # what is factorised is decomposed by now
+        errors = ladder.curve()[thinned(ladder.full)].tolist() if known else None
+        spectrum = None if solution.spectrum is None else spectrum_of(solution.spectrum)
+        return cls(solution.error, solution.norm, kept, errors, spectrum)
 
 
 @dataclass(frozen=True)
@@ -225,8 +229,18 @@ def _result(outcomes: Sequence[Outcome], rank: int, full: int) -> ModuleResult:
     error, norm = sum(outcome.error for outcome in outcomes), sum(outcome.norm for outcome in outcomes)
     kept = [outcome.kept for outcome in outcomes if outcome.kept is not None]
     merged = kept if len(kept) > 1 else kept[0] if kept else None
-    curves = [outcome.errors for outcome in outcomes if outcome.errors is not None]
-    curve = None
-    if len(curves) == len(outcomes) and norm > 0:
-        curve = [round((sum(errors) / norm) ** 0.5, 6) for errors in zip(*curves, strict=True)]
-    return ModuleResult(rank, full, (error / norm) ** 0.5 if norm > 0 else 0.0, merged, curve=curve)
+    errors, spectrum = _added([one.errors for one in outcomes]), _added([one.spectrum for one in outcomes])
+    return ModuleResult(
+        rank,
+        full,
+        (error / norm) ** 0.5 if norm > 0 else 0.0,
+        merged,
+        curve=[round((one / norm) ** 0.5, 6) for one in errors] if errors and norm > 0 else None,
+        spectrum=[value / len(outcomes) for value in spectrum] if spectrum else None,
+    )
+
+
+def _added(curves: Sequence[list[float] | None]) -> list[float] | None:
+    """The sum of the parts' curves, where all parts have one."""
+    known = [curve for curve in curves if curve is not None]
+    return [sum(values) for values in zip(*known, strict=True)] if len(known) == len(curves) else None

@@ -22,6 +22,8 @@ class CRDecomposition:
     an upper bound on the paper's sum over pairs within a window."""
     norm: float
     """sum over the heads of ||Q K^T||_F^2."""
+    scores: torch.Tensor
+    """Of all couples (or channels, where none rotate): (..., h / 2) or (..., h)."""
 
 
 def channel_scores(query_gram: torch.Tensor, key_gram: torch.Tensor) -> torch.Tensor:
@@ -67,14 +69,16 @@ def cr_decomposition(
     """
     cost = query_gram.sum(-3) * key_gram
     scores = channel_scores(query_gram, key_gram)
-    pairs = None
+    pairs, ranked = None, scores
     if rotary == 0:
         channels = top_indices(scores, rank)
     else:
         first, second, pair = couples(scores, scores.shape[-1] if rotary is None else rotary, neighbours)
-        best = top_indices((scores.gather(-1, first).square() + scores.gather(-1, second).square()).sqrt(), rank)
+        ranked = (scores.gather(-1, first).square() + scores.gather(-1, second).square()).sqrt()
+        best = top_indices(ranked, rank)
         channels = torch.cat((first.gather(-1, best), second.gather(-1, best)), dim=-1)
         pairs = pair.gather(-1, best)
     dropped = torch.ones_like(scores).scatter_(-1, channels, 0.0)  # (..., h)
     error = (dropped * (cost @ dropped[..., None])[..., 0]).sum(-1)
-    return CRDecomposition(channels, pairs, error=float(error.clamp_min(0).sum()), norm=float(cost.sum()))
+    lost, norm = float(error.clamp_min(0).sum()), float(cost.sum())
+    return CRDecomposition(channels, pairs, lost, norm, ranked)

@@ -21,6 +21,8 @@ class NystromDecomposition:
     """||Z W_D - Z S W_D'||_F^2 over the calibration tokens, exactly."""
     norm: float
     """||Z W_D||_F^2 over the calibration tokens."""
+    scores: torch.Tensor | None = None
+    """The ridge leverage scores (m,); None at full rank, where they are not needed."""
 
 
 def ridge_leverage_scores(gram: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -68,7 +70,8 @@ def nystrom_decomposition(
         everything = torch.arange(m, device=gram.device)
         return NystromDecomposition(everything, output.clone(), error=0.0, norm=norm)
 
-    kept = top_indices(ridge_leverage_scores(gram, ridge), rank)
+    scores = ridge_leverage_scores(gram, ridge)
+    kept = top_indices(scores, rank)
     mask = torch.ones(m, dtype=torch.bool, device=gram.device)
     mask[kept] = False
     dropped = mask.nonzero().flatten()
@@ -84,4 +87,5 @@ def nystrom_decomposition(
         output[kept] + prediction @ dropped_output,
         error=max(0.0, float((dropped_output * (residual @ dropped_output)).sum())),
         norm=norm,
+        scores=scores,
     )

@@ -21,6 +21,8 @@ class SVDDecomposition:
     """sum over the heads of ||X W_v W_o - X W_v' W_o'||_F^2 over the calibration tokens, exactly."""
     norm: float
     """sum over the heads of ||X W_v W_o||_F^2."""
+    singular: torch.Tensor | None = None
+    """S' of one head or, where several share the values, S: (..., h); None at full rank, where neither is needed."""
 
 
 def svd_decomposition(
@@ -55,14 +57,17 @@ def svd_decomposition(
     norm = float(mixed.square().sum())
     if output.shape[-3] > 1:
         thin_value, thin_output = balance(whiten[..., :rank], mixed[..., :rank, :])
-        return SVDDecomposition(thin_value, thin_output, error=float(mixed[..., rank:, :].square().sum()), norm=norm)
+        lost = float(mixed[..., rank:, :].square().sum())
+        return SVDDecomposition(thin_value, thin_output, lost, norm, singular)
     left, second, right = torch.linalg.svd(mixed.squeeze(-3), full_matrices=False)  # U', S', V'^T
     thin_output = (second[..., :rank, None] * right[..., :rank, :]).unsqueeze(-3)
     missing = max(0, rank - second.shape[-1])  # heads wider than the model have no more directions than it has
     thin_output = torch.nn.functional.pad(thin_output, (0, 0, 0, missing))
     thin_value = torch.nn.functional.pad(whiten @ left[..., :rank], (0, missing))
     thin_value, thin_output = balance(thin_value, thin_output)
-    return SVDDecomposition(thin_value, thin_output, error=float(second[..., rank:].square().sum()), norm=norm)
+    unseen = value.shape[-1] - second.shape[-1]
+    lost = float(second[..., rank:].square().sum())
+    return SVDDecomposition(thin_value, thin_output, lost, norm, torch.nn.functional.pad(second, (0, unseen)))
 
 
 def balance(value: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

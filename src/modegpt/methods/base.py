@@ -59,6 +59,9 @@ class Solution(Generic[Weights]):
     """Their rotary pairs (G, r), see :func:`modegpt.decompositions.couples`; None without rotary embedding."""
     factors: tuple[Factors, ...] = ()
     """What takes the place of some of the maps in ``weights``."""
+    spectrum: torch.Tensor | None = None
+    """The scores or singular values of all units that the choice went by: (..., full), of every head that has its own.
+    None where there was no choice, or it did not go by any."""
 
     @property
     def relative_error(self) -> float:

@@ -22,7 +22,8 @@ class ModeGPT(Ridged, ChannelMethod):
 
         def at(rank: int) -> Solution[MLPWeights]:
             result = nystrom_decomposition(statistics["mlp"], weights.output, rank, self.ridge, statistics.resolution)
-            return Solution(weights.select(result.kept, result.output), result.error, result.norm, result.kept)
+            thin = weights.select(result.kept, result.output)
+            return Solution(thin, result.error, result.norm, result.kept, spectrum=result.scores)
 
         return Ladder(len(weights.output), at)
 
@@ -36,7 +37,7 @@ class ModeGPT(Ridged, ChannelMethod):
             kept = weights.select(
                 result.channels, statistics.squares("query_squares"), statistics.squares("key_squares")
             )
-            return Solution(kept, result.error, result.norm, result.channels, result.pairs)
+            return Solution(kept, result.error, result.norm, result.channels, result.pairs, spectrum=result.scores)
 
         return Ladder(weights.full_rank, at)
 
@@ -48,6 +49,6 @@ class ModeGPT(Ridged, ChannelMethod):
                 statistics["attention_input"], weights.value, weights.output, rank, statistics.resolution
             )
             thin = ValueOutputWeights(value=result.value, output=result.output, output_bias=weights.output_bias)
-            return Solution(thin, result.error, result.norm)
+            return Solution(thin, result.error, result.norm, spectrum=result.singular)
 
         return Ladder(weights.value.shape[-1], at)
