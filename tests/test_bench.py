@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import modegpt
 from family_table import BY_NAME
 from helpers import compress_arguments, run_cli, tiny_llama, token_windows
-from modegpt.bench import Load, Ratio, Timing, macs_per_token, measure, odd_share
+from modegpt.bench import Load, Ratio, Timing, _memory, macs_per_token, measure, odd_share
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +99,87 @@ def test_models_take_turns(tiny_checkpoint: Path, small: Path, monkeypatch: pyte
         return [1.0] * (count + 1), None
 
     monkeypatch.setattr("modegpt.bench._run", run)
-    monkeypatch.setattr("modegpt.bench._measure_memory", lambda *_: None)
+    monkeypatch.setattr("modegpt.bench._memory", lambda *_: (0, 0))
     measure([str(tiny_checkpoint), str(small)], Load([1, 2], 4, 1, repeats=3))
     assert order == [type(tiny_llama()).__name__, type(modegpt.load(small)).__name__] * 6
+
+
+def measured_batches(printed: str, name: str) -> list[str]:
+    """What the two tables by numbers of sequences have for a model."""
+    return [line.split()[0] for line in printed.splitlines() if line.split()[1:2] == [name]]
+
+
+def test_a_batch_that_does_not_fit_is_left_out(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By prediction on a CPU: the batch of 16 is not begun, one of 4 is measured."""
+    model = type(tiny_llama()).from_pretrained(tiny_checkpoint)
+    _, alone = _memory(model, torch.zeros(1, 8, dtype=torch.int64), Load([1], 8, 2))
+    free = SimpleNamespace(available=5 * alone)
+    monkeypatch.setattr("modegpt.bench.psutil.virtual_memory", lambda: free)
+    options = ("--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
+    outcome = run_cli("bench", tiny_checkpoint, "--batch-sizes", "16,4", *options)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"Batches of 16 are left out: about \S+ GB are needed and \S+ GB are free", outcome.err)
+    assert measured_batches(outcome.out, tiny_checkpoint.name) == ["4", "4"]
+    outcome = run_cli("bench", tiny_checkpoint, "--batch-sizes", "16,64", *options, "--quiet")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "--batch-sizes 16,64: none fits in memory; use less" in outcome.err
+
+
+def test_what_runs_out_of_memory_all_the_same_is_left_out(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(model: PreTrainedModel, ids: torch.Tensor, count: int) -> tuple[list[float], DynamicCache]:
+        if len(ids) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+        return [1.0] * (count + 1), DynamicCache(config=model.config)
+
+    monkeypatch.setattr("modegpt.bench._run", run)
+    options = ("--batch-sizes", "2,3,4", "--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
+    outcome = run_cli("bench", tiny_checkpoint, *options)
+    assert outcome.code == 0, outcome.err
+    assert "Batches of 3 are left out: CUDA out of memory. Tried to allocate 2.00 GiB\n" in outcome.err
+    assert measured_batches(outcome.out, tiny_checkpoint.name) == ["2", "4", "2", "4"]
+
+
+def test_compiled_models_are_measured_as_such(
+    tiny_checkpoint: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that changes nothing, to be fast: every token, timed or not, is one call of what it made."""
+    calls: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        return lambda *inputs: (calls.append(id(graph)), graph(*inputs))[1]
+
+    monkeypatch.setattr("modegpt.bench.COMPILER", compiler)
+    path, options = tmp_path / "bench.json", ("--batch-sizes", 1, "--sequence-length", 8, "--new-tokens", 2)
+    outcome = run_cli("bench", tiny_checkpoint, small, "--compile", *options, "--repeats", 3, "--output", path)
+    assert outcome.code == 0, outcome.err
+    runs = 2 + 2 + 3  # for the memory of one sequence and of a batch, and timed
+    assert len(calls) == 2 * runs * 3
+    found = json.loads(path.read_text())
+    assert found["settings"]["compile"] is True
+    plain = measure([str(tiny_checkpoint), str(small)], Load([1], 8, 2, 1))
+    assert [one["macs_per_token"] for one in found["models"]] == [one.macs_per_token for one in plain]
+
+
+def test_models_never_run_uncompiled_for_want_of_variants(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modegpt.bench.COMPILER", "eager")
+    monkeypatch.setattr("modegpt.bench.GRAPHS", 1)
+    outcome = run_cli("bench", tiny_checkpoint, "--compile", "--sequence-length", 8, "--new-tokens", 2)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.search(r"^modegpt: --compile: .*recompile_limit_hit; leave it out$", outcome.err, flags=re.MULTILINE)
+
+
+def test_a_compiler_that_fails_is_one_line(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("modegpt.bench.COMPILER", fail)
+    outcome = run_cli("bench", tiny_checkpoint, "--compile", "--sequence-length", 8, "--new-tokens", 2)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert re.search(r"^modegpt: --compile: .*no compiler here; leave it out$", outcome.err, flags=re.MULTILINE)
 
 
 def test_rates_ratios_and_percentiles_of_known_seconds() -> None:

@@ -13,7 +13,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from .progress import Progress
 KIND = 8
 #: Of the latencies of single tokens.
 PERCENTILES = (50, 90, 99)
+#: What compiles, and how many variants of a model's code it may make: a prompt, its first token, further ones, each for
+#: one sequence or several, by model.
+COMPILER, GRAPHS = "inductor", 256
 
 
 @dataclass(frozen=True)
@@ -176,11 +180,16 @@ def measure(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    compiled: bool = False,
     progress: Progress | None = None,
 ) -> list[Speed]:
-    """The speed of every model; all are checked before the first is loaded, and all are in memory at once.
+    """The speed of every model, ``compiled`` by PyTorch or not.
 
-    Raises :class:`InvalidRequest` for models that cannot be opened or take no sequences of this length.
+    All are checked before the first is loaded, and all are in memory at once. Numbers of sequences that do not fit
+    beside them are left out.
+
+    Raises :class:`InvalidRequest` for models that cannot be opened or compiled, take no sequences of this length, or
+    where none of the numbers fits.
     """
     progress = progress or Progress()
     opened = [open_model(one, dtype=dtype, device=device, trust_remote_code=trust_remote_code) for one in addresses]
@@ -192,26 +201,67 @@ def measure(
         for _, _, open_it in opened:
             models.append(open_it().eval())
             progress.advance()
-    timings: list[list[Timing]] = [[] for _ in models]
-    for batch_size in load.batch_sizes:
-        ids = _prompts(configs, batch_size, load.sequence_length)
-        with progress.phase("bench", load.repeats + 1):
-            progress.detail(f"batches of {batch_size}")
-            for own, timing in zip(timings, _in_turn(models, ids, load, progress), strict=True):
-                own.append(timing)
+    arithmetic = [macs_per_token(model, load.sequence_length) for model in models]
+    with _compiled(models) if compiled else nullcontext():
+        timings = _timings(models, configs, load, progress)
     return [
         Speed(
             address,
             model.num_parameters(),
             weight_bytes(model),
-            macs_per_token(model, load.sequence_length),
+            macs,
             str(model.dtype).removeprefix("torch."),
             odd_share(model),
             model.device,
             own,
         )
-        for address, model, own in zip(addresses, models, timings, strict=True)
+        for address, model, macs, own in zip(addresses, models, arithmetic, timings, strict=True)
     ]
+
+
+@contextmanager
+def _compiled(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """Let ``models`` run compiled; raises :class:`InvalidRequest` where that fails on the way."""
+    # Models of one family share code, and how often a piece of code is compiled is limited: beyond that, they would run
+    # as if not compiled.
+    limits = {"recompile_limit": GRAPHS, "fail_on_recompile_limit_hit": True}
+    try:
+        with torch._dynamo.config.patch(limits):
+            for model in models:
+                model.compile(backend=COMPILER, dynamic=True)
+            yield
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        raise InvalidRequest(f"--compile: {' '.join(str(error).splitlines()[:2])}; leave it out") from error
+
+
+def _timings(
+    models: Sequence[PreTrainedModel], configs: Sequence[PreTrainedConfig], load: Load, progress: Progress
+) -> list[list[Timing]]:
+    """Of every model, for each number of sequences that fits."""
+    found: list[list[Timing]] = []
+    with progress.phase("bench", len(load.batch_sizes) * (load.repeats + 1)):
+        progress.detail("memory of one sequence")
+        alone = max(_memory(model, _prompts(configs, 1, load.sequence_length), load)[1] for model in models)
+        for batch_size in load.batch_sizes:
+            progress.detail(f"batches of {batch_size}")
+            try:
+                _check_memory(batch_size * alone, models[0].device)
+                found.append(_in_turn(models, _prompts(configs, batch_size, load.sequence_length), load, progress))
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                progress.note(f"Batches of {batch_size} are left out: {str(error).partition('. GPU')[0]}")
+    if not found:
+        raise InvalidRequest(f"--batch-sizes {','.join(map(str, load.batch_sizes))}: none fits in memory; use less")
+    return [list(timings) for timings in zip(*found, strict=True)]
+
+
+def _check_memory(needed: int, device: torch.device) -> None:
+    """Raise ``MemoryError`` where that many bytes are not free: Linux would end the process instead."""
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reserved
+    if needed > free:
+        raise MemoryError(f"about {needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free")
 
 
 def _prompts(configs: Sequence[PreTrainedConfig], batch_size: int, length: int) -> torch.Tensor:
@@ -223,7 +273,8 @@ def _prompts(configs: Sequence[PreTrainedConfig], batch_size: int, length: int) 
 def _in_turn(models: Sequence[PreTrainedModel], ids: torch.Tensor, load: Load, progress: Progress) -> list[Timing]:
     timings = [Timing(len(ids)) for _ in models]
     for model, timing in zip(models, timings, strict=True):  # not timed: warms up, and finds out about memory
-        _measure_memory(model, ids, load, timing)
+        timing.cache_bytes, working = _memory(model, ids, load)
+        timing.peak_bytes = weight_bytes(model) + working
     progress.advance()
     for _ in range(load.repeats):
         for model, timing in zip(models, timings, strict=True):
@@ -237,7 +288,7 @@ def _in_turn(models: Sequence[PreTrainedModel], ids: torch.Tensor, load: Load, p
 @torch.inference_mode()
 def _run(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> tuple[list[float], DynamicCache]:
     """The seconds to the first token and to each of ``new_tokens`` further ones, and the cache at the end."""
-    cache, following = DynamicCache(config=model.config), ids.to(model.device)
+    cache, following = DynamicCache(config=model.config), ids.to(model.device, copy=True)
     seconds = []
     for _ in range(new_tokens + 1):
         started = _now(model.device)
@@ -254,13 +305,19 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _measure_memory(model: PreTrainedModel, ids: torch.Tensor, load: Load, timing: Timing) -> None:
+def _memory(model: PreTrainedModel, ids: torch.Tensor, load: Load) -> tuple[int, int]:
+    """Bytes of the cache at the end, and the most that was allocated at once, weights left out."""
+    _run(model, ids, load.new_tokens)  # what compiling takes is not counted
+    held = 0
+
     def work() -> None:  # nothing of it stays
+        nonlocal held
         _, cache = _run(model, ids, load.new_tokens)
         tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-        timing.cache_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        held = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
-    timing.peak_bytes = weight_bytes(model) + _peak_of(work, model.device)
+    peak = _peak_of(work, model.device)
+    return held, peak
 
 
 def _peak_of(work: Callable[[], object], device: torch.device) -> int:

@@ -361,6 +361,10 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens that follow the first one, one by one.")] = 32,
     repeats: Annotated[int, typer.Option(help="How often each model is measured, in turn with the others.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Processor threads; by default PyTorch's choice.")] = None,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the models first, by torch.compile (needs a C++ compiler or Triton)."),
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write all numbers into this .json file.")
     ] = None,
@@ -398,6 +402,7 @@ def bench(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        compiled=compile,
         progress=choose_progress(Console(stderr=True), quiet),
     )
     if file is not None:
