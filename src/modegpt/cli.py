@@ -422,7 +422,9 @@ def report(
     ] = None,
     profile: Annotated[
         list[Path] | None,
-        typer.Option(help="What `profile` wrote, for its curve beside what was measured; can be given several times."),
+        typer.Option(
+            help="What modegpt profile wrote, for its curve beside what was measured; can be given several times."
+        ),
     ] = None,
     figures: Annotated[Path | None, typer.Option(help="Also write all figures as PNG and SVG files into it.")] = None,
 ) -> None:
