@@ -15,8 +15,9 @@ INSTALLED := $(VENV)/installed
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+# A process for every core, each with the tests of whole files.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # requirements.txt pins a newer Transformers and what comes with it, so these are replaced afterwards.
 OLDEST := .venv-oldest
