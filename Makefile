@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 
 # A process for every core, each with the tests of whole files.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # requirements.txt pins a newer Transformers and what comes with it, so these are replaced afterwards.
 OLDEST := .venv-oldest
