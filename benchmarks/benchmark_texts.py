@@ -134,18 +134,25 @@ def evaluation_texts(
 ) -> dict[str, TokenWindows]:
     """The first ``samples`` windows of every text, by its name."""
     return {
-        name: first_windows(_evaluated(name, file, tokenizer, length), samples, length, what=f"--texts {name}")
+        name: first_windows(
+            split_text(name, file, tokenizer, length, evaluation=True), samples, length, what=f"--texts {name}"
+        )
         for name, file in files.items()
     }
 
 
-def _evaluated(name: str, file: str, tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """Token ids of a text. ``ptb`` is joined by spaces, as papers do; of ``alpaca`` it is what never calibrates."""
-    text = read_text(file, evaluation=True)
+def split_text(
+    name: str, file: str, tokenizer: PreTrainedTokenizerBase, length: int, *, evaluation: bool
+) -> torch.Tensor:
+    """Token ids of a text, for calibration or ``evaluation``: of ``alpaca`` a part for each, of others the whole file.
+
+    ``ptb`` is joined by spaces, as papers do.
+    """
+    text = read_text(file, evaluation=evaluation)
     if name == "ptb":
         text = " ".join(line.strip() for line in text.split("\n"))
     ids = tokenize(tokenizer, text)
-    return split_held_out(ids, length)[1] if name == "alpaca" and Path(file).is_file() else ids
+    return split_held_out(ids, length)[evaluation] if name == "alpaca" and Path(file).is_file() else ids
 
 
 def named_files(pairs: Sequence[str]) -> dict[str, str]:

@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import modegpt
 from helpers import random_text, tiny_llama, token_windows
 from modegpt.config import CompressionConfig
-from modegpt.data import TokenWindows, first_windows, read_text, tokenize
+from modegpt.data import TokenWindows, first_windows, read_text, split_held_out, tokenize
 from modegpt.engine import compress_model
 from modegpt.evaluation import perplexity
 from modegpt.exports.gguf_tokenizer import tokenizer_fields
 from modegpt.exports.plain import PlainDecoder
 from modegpt.mixture import Cut, Mixture, read_mixture
 from modegpt.report import TextFacts
+from modegpt.sources import ModelSource
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -436,3 +437,51 @@ def test_tasks_are_put_to_all_checkpoints(
     table = (tmp_path / "tasks.md").read_text()
     assert re.search(rf"\| piqa \| acc_norm \| 4 \| {100 * shares[0]:.1f} ± .* \| {100 * shares[1]:.1f} ± ", table)
     assert results["command"].endswith("--compressed DIR/full-20 --task-data DATA")
+
+
+def test_texts_that_calibrate_against_texts_that_are_evaluated(
+    load: Any, wider: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crossed, rows = load("crossed"), [{"instruction": random_text(4, seed=n), "output": "the head"} for n in range(60)]
+    alpaca = tmp_path / "alpaca.jsonl"
+    alpaca.write_text("\n".join(map(json.dumps, rows)))
+    command = ["crossed.py", "--train", f"one={text_file}", f"alpaca={alpaca}", "--texts", f"alpaca={alpaca}"]
+    command += ["--model", wider, "--samples", 5, "--test-samples", 1, "--sequence-length", 32]
+    command += ["--output", tmp_path / "crossed.json"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    crossed.main()
+    results = json.loads((tmp_path / "crossed.json").read_text())
+    assert [(row["method"], row["calibration"]) for row in results["rows"]] == [
+        (method, name) for name in ("one", "alpaca", "all") for method in ("greedy", "modegpt")
+    ]
+    source = ModelSource(str(wider))
+    config = CompressionConfig.validated(ratio=0.3, method="modegpt", temperature=0.03)
+    ids = tokenize(source.tokenizer(), read_text(str(alpaca)))
+    assert len(set(results["calibration_sha256"].values())) == 3
+    windows = first_windows(ids, 5, 32, what="alpaca")
+    assert results["calibration_sha256"]["alpaca"] == windows.sha256()
+    held_out = first_windows(split_held_out(ids, 32)[1], 1, 32, what="alpaca")
+    small = compress_model(source.model("float32"), windows, config).model
+    assert results["rows"][3]["perplexity"]["alpaca"] == pytest.approx(perplexity(small, held_out), rel=1e-4)
+    table = (tmp_path / "crossed.md").read_text()
+    assert f"| modegpt | alpaca | {results['rows'][3]['perplexity']['alpaca']:.2f} |" in table
+    assert str(tmp_path) not in table + (tmp_path / "crossed.json").read_text()
+
+
+def test_no_window_that_calibrates_is_evaluated_or_measures_sensitivities(
+    load: Any, wider: Path, text_file: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(wider)
+    files = {"one": str(text_file), "ptb": str(text_file), "alpaca": str(text_file)}
+    found = load("crossed").calibration_windows(files, tokenizer, 7, 16)
+    evaluated = load("benchmark_texts").evaluation_texts({"alpaca": str(text_file)}, tokenizer, 2, 16)["alpaca"]
+    for name, (windows, probe) in found.items():
+        own, others = ({tuple(row) for row in one.ids.tolist()} for one in (windows, probe))
+        assert len(windows) == 7
+        assert not own & others
+        if name == "alpaca":
+            assert not (own | others) & {tuple(row) for row in evaluated.ids.tolist()}
+    assert all(
+        {tuple(row) for row in found[name][0].ids[:2].tolist()} <= {tuple(row) for row in found["all"][0].ids.tolist()}
+        for name in files
+    )
