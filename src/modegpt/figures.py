@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .budget import Module
 from .report import CompressionReport, LayerFacts
@@ -157,8 +158,9 @@ def _curves(report: CompressionReport, name: str) -> list[Plot]:
             plots.append(_plot(f"{name}-curve-{module}", what, _cut(errors), ("kept, %", "relative error")))
         if spectra := _lines_of(facts, lambda one: (one.spectrum if any(one.spectrum or ()) else None, 1)):
             what = f"{module.upper()}: {_SPECTRA.get(module, 'spectrum')}, {_EACH}"
-            labels = ("largest, %", "share of the largest")
-            plots.append(_plot(f"{name}-spectrum-{module}", what, _cut(spectra, relative=True), labels))
+            powers = module != "mlp"  # of leverage scores, which are at most 1, all can be near it
+            labels = ("largest, %", "share of the largest" if powers else "leverage score")
+            plots.append(_plot(f"{name}-spectrum-{module}", what, _cut(spectra, powers=powers), labels))
     return plots
 
 
@@ -178,20 +180,28 @@ def _lines_of(
     return found
 
 
-def _cut(lines: Sequence[_Line], *, relative: bool = False) -> Callable[[Any], None]:
-    """A line for every layer; if ``relative``, over its largest value and on a scale of powers."""
+def _cut(lines: Sequence[_Line], *, powers: bool = False) -> Callable[[Any], None]:
+    """A line for every layer; of ``powers``, over its largest value and on a logarithmic scale."""
 
     def draw(axes: Any) -> None:
         for place, (one, ranks, heights) in enumerate(lines):
             colour = mpl.colormaps["viridis"](0.15 + 0.75 * place / max(1, len(lines) - 1))
-            shown = [height / max(heights) for height in heights] if relative else heights
+            shown = [height / max(heights) for height in heights] if powers else heights
             axes.plot([100 * rank / one.full for rank in ranks], shown, lw=0.8, color=colour)
             axes.plot(100 * one.rank / one.full, numpy.interp(one.rank, ranks, shown), "o", ms=4, color=colour)
-        if relative:
-            axes.set_yscale("log")
-        axes.set_ylim(**{"bottom": _FAINT, "top": 1.5} if relative else {"bottom": 0})
+        if powers:
+            _logarithmic(axes)
+            axes.set_ylim(bottom=max(_FAINT, axes.get_ylim()[0]))
 
     return draw
+
+
+def _logarithmic(axes: Any) -> None:
+    """A logarithmic scale with plain numbers, also within one power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 _Sizes = Sequence[tuple[float, float]]
@@ -204,7 +214,7 @@ def size_plot(points: Mapping[str, _Sizes], predicted: Mapping[str, _Sizes]) -> 
         lines = [("o-", *one) for one in points.items()] + [("--", *one) for one in predicted.items()]
         for (style, name, found), colour in zip(lines, cycle(_COLOURS), strict=False):
             axes.plot(*zip(*sorted(set(found)), strict=True), style, ms=4, lw=1.4, color=colour, label=_short(name))
-        axes.set_yscale("log")
+        _logarithmic(axes)
 
     caption = "Perplexity against the parameters of the whole model, dense on the right."
     return _plot("size", caption, draw, ("million parameters", "perplexity"))
