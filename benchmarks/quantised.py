@@ -5,8 +5,8 @@ r"""Removed parameters and rounded weights together: perplexity against the size
 The checkpoints are what ``profiles.py`` writes; the dense model is beside them. Of every model and type of GGUF file
 the table has the size of the file and the perplexity with the weights of the file; activations are float32, while
 llama.cpp rounds those that enter quantised matrices to 8 bits as well. ``--k-quants`` needs llama.cpp's llama-quantize.
-Writes ``results/quantised.json`` and
-``results/quantised.md`` after every row.
+Writes ``results/quantised.json`` and ``results/quantised.md`` after every row; started again, it goes on with the
+models and types that are missing.
 """
 
 from __future__ import annotations
@@ -54,17 +54,27 @@ def main() -> None:
     if files:
         results["command"] += " --texts " + " ".join(f"{name}={Path(file).name}" for name, file in files.items())
     results["model_sha256"] = model_sha256(arguments.model)
-    results |= {"tokens_sha256": {name: windows.sha256() for name, windows in texts.items()}, "rows": []}
+    results["tokens_sha256"] = {name: windows.sha256() for name, windows in texts.items()}
+    results["rows"] = previous_rows(arguments.output, results)
     dense = source.model("float32")
     fields = tokenizer_fields(tokenizer, dense.config.vocab_size)
     for name, path in {"dense": None, **{path.name: path for path in arguments.compressed}}.items():
         model = dense if path is None else modegpt.load(path, dtype="float32")
         for kind in (*KINDS, *(K_KINDS if arguments.k_quants else ())):
+            if any((row["model"], row["type"]) == (name, kind) for row in results["rows"]):
+                continue
             size, as_written = rounded(model, kind, fields)
             row: dict[str, Any] = {"model": name, "type": kind, "bytes": size}
             results["rows"].append(row | {"perplexity": perplexities(as_written, texts)})
             print(json.dumps(results["rows"][-1]), flush=True)
             write(results, arguments.output, text_of(results))
+
+
+def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run on the same model and texts."""
+    previous = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(previous.get(key) == results[key] for key in ("versions", "model_sha256", "tokens_sha256"))
+    return list(previous["rows"]) if same else []
 
 
 def rounded(model: PreTrainedModel, kind: str, fields: TokenizerFields) -> tuple[int, PreTrainedModel]:

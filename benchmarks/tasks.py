@@ -2,15 +2,20 @@ r"""Accuracy of compressed checkpoints on the tasks of MoDeGPT's paper, by ``mod
 
     python benchmarks/tasks.py --compressed DIR/full-20 DIR/full-30 --task-data DATA --limit 200
 
-The checkpoints are what ``profiles.py`` writes; DATA has the rows of the tasks where no hub is at hand. Writes
-``results/tasks.json``, with all metrics, and ``results/tasks.md``, after every model.
+The checkpoints are what ``profiles.py`` and ``modegpt compress`` write; DATA has the rows of the tasks where no hub is
+at hand. Writes ``results/tasks.json``, with all metrics, and ``results/tasks.md``, after every model; started again,
+with further models as well, it goes on with those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from benchmark_texts import default_model
 from modegpt.comparison import ModelScores, compare, facts_of
@@ -34,19 +39,33 @@ def main() -> None:
     arguments = parser.parse_args()
 
     results: dict[str, Any] = header(parser, arguments, ("dense", "compressed", "task_data", "output"))
+    known = previous_scores(arguments.output, results)
     results["command"] += f" --compressed {' '.join(f'DIR/{Path(one).name}' for one in arguments.compressed)}"
     results["command"] += " --task-data DATA" if arguments.task_data else ""
 
+    addresses = {Path(address).name: address for address in (arguments.dense, *arguments.compressed)}
+    if len(addresses) <= len(arguments.compressed):
+        raise SystemExit("--compressed: give checkpoints of different names")
+
     def keep(scores: list[ModelScores]) -> None:
-        results.update(facts_of(scores))
-        for one in results["models"]:
-            one["model"] = Path(one["model"]).name
-        write(results, arguments.output, text_of(scores, arguments.limit))
+        known.update({Path(one.model).name: replace(one, model=Path(one.model).name) for one in scores})
+        found = [known[name] for name in addresses if name in known]
+        results.update(facts_of(found))
+        write(results, arguments.output, text_of(found, arguments.limit))
         print(f"{Path(scores[-1].model).name}: {mean(scores[-1].tasks)}", flush=True)
 
     asked = Tasks(arguments.tasks, arguments.task_data, arguments.limit, arguments.num_fewshot)
-    addresses = [arguments.dense, *arguments.compressed]
-    compare(addresses, None, asked, batch_size=arguments.batch_size, dtype="float32", finished=keep)
+    missing = [address for name, address in addresses.items() if name not in known]
+    compare(missing, None, asked, batch_size=arguments.batch_size, dtype="float32", finished=keep)
+
+
+def previous_scores(path: Path, results: dict[str, Any]) -> dict[str, ModelScores]:
+    """What an earlier run measured of which model, if it asked the same."""
+    previous = json.loads(path.read_text()) if path.is_file() else {"command": "", "versions": {}}
+    asked = previous["command"].partition(" --compressed ")[0]
+    if (asked, previous["versions"]) != (results["command"], results["versions"]):
+        return {}
+    return {one["model"]: TypeAdapter(ModelScores).validate_python(one) for one in previous["models"]}
 
 
 def text_of(scores: list[ModelScores], limit: int | None) -> str:

@@ -385,6 +385,7 @@ def test_sizes_and_perplexities_of_rounded_models(
     other_text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     quantised = load("quantised")
     monkeypatch.setattr(quantised, "KINDS", ("f16", "q8_0"))
@@ -404,6 +405,13 @@ def test_sizes_and_perplexities_of_rounded_models(
     sizes = [row["bytes"] for row in results["rows"]]
     assert sizes[0] > sizes[2]
     assert sizes[0] > sizes[1]
+    monkeypatch.setattr(quantised, "KINDS", ("f16", "q4_0"))
+    capsys.readouterr()
+    quantised.main()
+    assert [json.loads(line)["type"] for line in capsys.readouterr().out.splitlines()] == ["q4_0", "q4_0"]
+    again = json.loads((tmp_path / "quantised.json").read_text())["rows"]
+    assert again[:4] == results["rows"]
+    assert len(again) == 6
 
 
 def test_speed_is_measured_of_all_checkpoints(
@@ -423,7 +431,12 @@ def test_speed_is_measured_of_all_checkpoints(
 
 
 def test_tasks_are_put_to_all_checkpoints(
-    load: Any, checkpoints: tuple[Path, Path], wider: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Any,
+    checkpoints: tuple[Path, Path],
+    wider: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm-eval) is not installed")
     rows = [{"goal": f"keep {n}", "sol1": "the head", "sol2": "a model of layers", "label": n % 2} for n in range(6)]
@@ -437,6 +450,14 @@ def test_tasks_are_put_to_all_checkpoints(
     table = (tmp_path / "tasks.md").read_text()
     assert re.search(rf"\| piqa \| acc_norm \| 4 \| {100 * shares[0]:.1f} ± .* \| {100 * shares[1]:.1f} ± ", table)
     assert results["command"].endswith("--compressed DIR/full-20 --task-data DATA")
+    command.insert(command.index("--tasks"), checkpoints[1] / "gguf-20")
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    capsys.readouterr()
+    load("tasks").main()
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["gguf-20"]
+    more = json.loads((tmp_path / "tasks.json").read_text())["models"]
+    assert more[:2] == results["models"]
+    assert more[2]["model"] == "gguf-20"
 
 
 def test_texts_that_calibrate_against_texts_that_are_evaluated(
