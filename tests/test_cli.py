@@ -630,3 +630,8 @@ def test_help_names_the_choices() -> None:
     text = run_cli("compress", "--help").out
     for choice in ("wikitext2", "ptb", "alpaca", "self", ".parquet", "block-influence-split", "sequential", "held-out"):
         assert choice in text
+
+
+def test_the_version() -> None:
+    outcome = run_cli("--version")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"modegpt {version('modegpt')}\n", "")

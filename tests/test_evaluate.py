@@ -328,6 +328,12 @@ def test_several_texts_of_several_models(
             alone = run_cli("evaluate", model, "--perplexity", text, *options)
             wanted = f"perplexity {score['perplexity']:.4f} on {text} (3 windows of 32 tokens, one every 8)\n"
             assert alone.out == wanted
+    first, second = (facts["models"][number]["texts"][str(text_file)]["perplexity"] for number in range(2))
+    assert f"{second:.3f} ({second / first - 1:+.1%})" in outcome.out
+    written = path.read_bytes()
+    again = run_cli("evaluate", models[0], "--perplexity", text_file, *options, "-o", path)
+    assert (again.code, "is there already; remove it or choose another" in again.err) == (2, True)
+    assert path.read_bytes() == written
 
 
 @pytest.mark.parametrize(

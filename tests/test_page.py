@@ -150,6 +150,23 @@ def test_the_same_page_every_time(made: Path, tmp_path: Path) -> None:
     assert page(tmp_path / "a.html", made / "greedy")[1] == page(tmp_path / "b.html", made / "greedy")[1]
 
 
+def test_no_two_figures_share_an_id(made: Path, tmp_path: Path) -> None:
+    _, text = page(tmp_path / "r.html", made / "greedy", made / "paper")
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) > 100
+    assert len(set(ids)) == len(ids)
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(ids)
+    assert text.count('<svg role="img" aria-label="') == text.count("<svg")
+    assert text.count("<style") == 1
+
+
+def test_no_page_is_overwritten(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.html").write_text("precious")
+    outcome = run_cli("report", made / "greedy", "--output", tmp_path / "r.html")
+    assert (outcome.code, "is there already" in outcome.err) == (2, True)
+    assert (tmp_path / "r.html").read_text() == "precious"
+
+
 def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) -> None:
     evil = "<script>'$x^2$'"  # short, and without a slash, so that names and labels have all of it
     copy = tmp_path / "copy"
@@ -272,7 +289,8 @@ def test_damaged_spectra_are_refused(made: Path, tmp_path: Path, change: Callabl
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (("nowhere",), "nowhere/compression.json cannot be read"),
+        (("nowhere",), "nowhere is no directory"),
+        ((".",), "is not compressed by modegpt: it has no compression.json"),
         (("greedy", "--output", "r.txt"), "--output 'r.txt': name a .html file"),
         (("greedy", "--output", "nowhere/r.html"), "--output 'nowhere/r.html': its directory does not exist"),
         (("greedy", "--evaluation", "none.json"), "--evaluation 'none.json' cannot be read"),
@@ -338,7 +356,7 @@ def test_half_a_checkpoint_is_not_pushed(
 def test_what_the_hub_refuses_is_one_line(made: Path) -> None:
     outcome = run_cli("push", made / "greedy", "a/b/c")
     assert outcome.code == 2
-    assert outcome.err.startswith("modegpt: 'a/b/c' cannot be uploaded: ")
+    assert outcome.err.startswith("modegpt: 'a/b/c' cannot be uploaded to http")
     assert outcome.err.count("\n") == 1
 
 
@@ -347,7 +365,7 @@ def test_without_a_connection_there_is_one_line_too(made: Path) -> None:
     command = [sys.executable, "-m", "modegpt", "push", str(made / "greedy"), "me/greedy"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "modegpt: 'me/greedy' cannot be uploaded: " in done.stderr
+    assert "modegpt: 'me/greedy' cannot be uploaded to http://127.0.0.1:9: " in done.stderr
     assert "Traceback" not in done.stderr
 
 

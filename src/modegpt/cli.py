@@ -31,6 +31,24 @@ app = typer.Typer(
     add_completion=False,
 )
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"modegpt {version('modegpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What goes before the name of a command."""
+
+
 _Config = TypeVar("_Config", bound=RunConfig)
 _Result = TypeVar("_Result")
 

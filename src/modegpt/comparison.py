@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -167,6 +168,7 @@ class _Model:
         texts = {}
         for name, windows in self.windows.items():
             with progress.phase("evaluate", math.ceil(len(windows) / batch_size)):
+                progress.detail(f"{Path(self.address).name}, {Path(name).name}")
                 value = perplexity(model, windows, batch_size, progress, stride)
             texts[name] = TextScore(value, len(windows), windows.ids.shape[1], stride, windows.sha256())
         return ModelScores(

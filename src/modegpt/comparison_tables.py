@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .bench import KIND, PERCENTILES, Load, Ratio, Speed, Timing
 from .comparison import ModelScores, TextScore
-from .console import gigabytes, megabytes, say
+from .console import gigabytes, megabytes, millions, say
 from .tasks import TaskScore, degradation, mean
 
 
@@ -29,11 +29,13 @@ def print_scores(console: Console, scores: Sequence[ModelScores]) -> None:
 
 
 def text_table(scores: Sequence[ModelScores]) -> Table:
-    """A row for every text, a column for every model."""
+    """A row for every text, a column for every model, with the change from the first."""
     table = _table("Perplexity", ("text", ""), scores)
     for name, score in scores[0].texts.items():
-        found = [one.texts[name].perplexity for one in scores]
-        shown = [f"{value:.3f}" if value < 1e4 else f"{value:.1e}" for value in found]
+        first, *others = [one.texts[name].perplexity for one in scores]
+        shown = [f"{value:.3f}" if value < 1e4 else f"{value:.1e}" for value in (first, *others)]
+        changes = [f" ({value / first - 1:+.1%})" if value < 100 * first else "" for value in others]
+        shown = [f"{value}{change}" for value, change in zip(shown, ("", *changes), strict=True)]
         table.add_row(escape(name), _windows(score), *shown)
     return table
 
@@ -59,11 +61,10 @@ def print_speeds(console: Console, speeds: Sequence[Speed], load: Load) -> None:
     """What the models are, and how fast, with ratios to the first."""
     names = model_names([speed.model for speed in speeds])
     table = Table(title="Size", title_justify="left", box=SIMPLE_HEAD)
-    for head in ("model", "parameters", "weights", "multiplications per token", f"not by {KIND}"):
+    for head in ("model", "parameters", "weights", "multiplications per token", f"widths not divisible by {KIND}"):
         table.add_column(head, justify="left" if head == "model" else "right", overflow="fold")
     for name, speed in zip(names, speeds, strict=True):
-        count = f"{speed.parameters / 1e6:,.1f} M"
-        macs = f"{speed.macs_per_token / 1e6:,.1f} M"
+        count, macs = (f"{millions(one)} M" for one in (speed.parameters, speed.macs_per_token))
         table.add_row(escape(name), count, _bytes(speed.weight_bytes), macs, f"{speed.odd:.0%}")
     console.print(table)
     title = (
@@ -128,7 +129,7 @@ def model_names(addresses: Sequence[str]) -> list[str]:
 
 def _windows(score: TextScore) -> str:
     strided = "" if score.stride is None else f", one every {score.stride}"
-    return f"{score.windows} windows of {score.sequence_length} tokens{strided}"
+    return f"{score.windows} window{'s' * (score.windows > 1)} of {score.sequence_length} tokens{strided}"
 
 
 def _accuracy(score: TaskScore) -> str:

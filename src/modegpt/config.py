@@ -25,6 +25,10 @@ HELD_OUT, NONE = "held-out", "none"
 DEFAULT_METHOD = "greedy"
 
 
+#: What an error of an option's value does not say by itself.
+_HINTS = {("--ratio", "less_than"): " (30 % is 0.3)", ("--align", "int_parsing"): ", or 'auto'"}
+
+
 def _of_method(value: Callable[[type[Method]], Any]) -> Callable[[Mapping[str, Any]], Any]:
     """A default that the method decides, which is validated before; any will do where that was refused."""
     return lambda given: value(METHODS[given.get("method", DEFAULT_METHOD)])
@@ -317,6 +321,7 @@ class CompressionConfig(BaseModel):
             option = _option(str(problem["loc"][0])) if problem["loc"] else ""  # or about several
             if not message.startswith(option):
                 message = f"{option} {problem['input']!r}: {message[0].lower()}{message[1:]}"
+            message += _HINTS.get((option, problem["type"]), "")
             raise InvalidRequest(message) from error
 
 

@@ -276,6 +276,11 @@ def _colour(error: float) -> str:
     return "green" if error < 0.1 else "yellow" if error < 0.3 else "red"
 
 
+def millions(count: float) -> str:
+    """In millions, with at least three digits."""
+    return f"{count / 1e6:,.1f}" if count >= 1e7 else f"{count / 1e6:.3g}"
+
+
 def megabytes(count: float) -> str:
     """Bytes in decimal megabytes."""
     return f"{count / 1e6:,.1f} MB"

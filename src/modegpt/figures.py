@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .budget import Module
 from .report import CompressionReport, LayerFacts
@@ -45,6 +47,7 @@ _SPECTRA: Mapping[Module, str] = {
     "vo": "singular values, the largest first",
     "stream": "sizes of the stream along its principal directions, the largest first",
 }
+_NO_METADATA: Any = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 #: Letters of a label in a legend.
 _LABEL = 24
 #: Told apart on white, on black and by people who see no red and green.
@@ -60,12 +63,15 @@ class Plot:
     figure: Figure
 
     def svg(self) -> str:
-        """An ``svg`` element in the colour of the text around it."""
+        """An ``svg`` element in the colour of the text around it, with ids that no other figure of a page has."""
         file = io.StringIO()
         with mpl.rc_context(_STYLE):
-            self.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        text = file.getvalue()
-        return text[text.index("<svg") :].replace(_INK, "currentColor")
+            self.figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
+        text = file.getvalue().replace(_INK, "currentColor")
+        text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # is for a whole page
+        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", text)
+        described = f'<svg role="img" aria-label="{escape(self.caption)}"'
+        return text[text.index("<svg") :].replace("<svg", described, 1)
 
     def write(self, directory: Path) -> None:
         """Keep it as ``directory/NAME.svg`` and ``.png``, on white."""
@@ -101,7 +107,8 @@ def _by_module(report: CompressionReport, value: Callable[[LayerFacts, Module], 
 
 def _short(label: str) -> str:
     """What fits into a legend, which leaves out labels that begin with an underscore."""
-    return f" {label}" if len(label) <= _LABEL else f"...{label[-_LABEL:]}"
+    half = _LABEL // 2
+    return f" {label}" if len(label) <= _LABEL else f" {label[:half]}...{label[-half:]}"
 
 
 def _lines(values: Mapping[Module, Any]) -> Callable[[Any], None]:
@@ -109,6 +116,7 @@ def _lines(values: Mapping[Module, Any]) -> Callable[[Any], None]:
         for (module, (layers, height)), colour in zip(values.items(), cycle(_COLOURS), strict=False):
             axes.plot(layers, height, "o-", ms=3, lw=1.4, color=colour, label=module.upper())
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return draw
 
@@ -144,6 +152,7 @@ def _scores(report: CompressionReport, name: str) -> Plot:
     def draw(axes: Any) -> None:
         for kind, column, colour in zip(kinds, columns, cycle(_COLOURS), strict=False):
             axes.plot(column, "o-", ms=3, lw=1.4, color=colour, label=kind)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _plot(f"{name}-scores", "Scores of the layers, by which they shared the loss.", draw, ("layer", "score"))
 
@@ -196,10 +205,15 @@ def _cut(lines: Sequence[_Line], *, powers: bool = False) -> Callable[[Any], Non
     return draw
 
 
+#: From the least to the greatest number of a logarithmic axis with few powers of ten and their multiples.
+_NARROW = 6
+
+
 def _logarithmic(axes: Any) -> None:
     """A logarithmic scale with plain numbers, also within one power of ten."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > _NARROW * low else MaxNLocator(5))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 

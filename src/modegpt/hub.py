@@ -42,7 +42,7 @@ def push_to_hub(
         )
     except Exception as error:  # the hub, the network and the client each have errors of their own
         problem = " ".join(str(error).split()) or type(error).__name__
-        raise InvalidRequest(f"{repository!r} cannot be uploaded: {problem}") from error
+        raise InvalidRequest(f"{repository!r} cannot be uploaded to {api.endpoint}: {problem}") from error
     return str(done.commit_url)
 
 

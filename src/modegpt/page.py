@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from .console import duration
+from .console import duration, millions
 from .curve import Curve
 from .errors import InvalidRequest
 from .files import replace_file, storing
@@ -87,6 +87,14 @@ class Table:
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def numbers(self) -> list[bool]:
+        """Of every column but the first: whether it has nothing but numbers."""
+        columns = zip(*self.rows, strict=True)
+        return [
+            place > 0 and all(cell[:1].isdigit() for cell in column if cell) for place, column in enumerate(columns)
+        ]
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ class Page:
             report = one.report
             method = str(report.options.get("method"))
             row = [name, method, f"{report.block_parameters.removed:.1%}"]
-            row += [f"{report.parameters.compressed / 1e6:,.1f}"]
+            row += [millions(report.parameters.compressed)]
             if report.perplexity and report.evaluation:
                 row.append(f"{report.perplexity.compressed:.2f} ({report.perplexity.dense:.2f})")
                 own = points.setdefault((report.source, method, report.evaluation.source), [])
@@ -320,5 +328,7 @@ def check_page(output: Path, figures: Path | None) -> None:
         raise InvalidRequest(f"--output {str(output)!r}: name a .html file")
     if not output.resolve().parent.is_dir():
         raise InvalidRequest(f"--output {str(output)!r}: its directory does not exist; make it first")
+    if output.exists():
+        raise InvalidRequest(f"--output {str(output)!r} is there already; remove it or choose another")
     if figures is not None and figures.exists() and not figures.is_dir():
         raise InvalidRequest(f"--figures {str(figures)!r} is a file; name a directory")

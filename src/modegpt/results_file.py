@@ -29,6 +29,8 @@ class ResultsFile:
             raise InvalidRequest(f"--output {str(self.path)!r}: name a .json file")
         if not self.path.resolve().parent.is_dir():
             raise InvalidRequest(f"--output {str(self.path)!r}: its directory does not exist; make it first")
+        if self.path.exists():
+            raise InvalidRequest(f"--output {str(self.path)!r} is there already; remove it or choose another")
 
     def write(self, facts: Mapping[str, Any]) -> None:
         """Write it with these ``facts``; raises :class:`StorageError` where that fails."""

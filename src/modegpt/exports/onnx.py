@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,9 @@ def write_onnx(directory: Path, model: PreTrainedModel) -> None:
     mask[0, :2] = 0  # with nothing to mask, the graph would have no mask
     exporter: Any = OnnxExporter()
     inputs = {"input_ids": ids, "attention_mask": mask}
-    whole = exporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True), multi_token_decode=True)
-    only = {GRAPH: whole.components[GRAPH]}
-    exported: Any = ExportedModel(only, whole.export_format, whole.config, whole.generation_config)
-    exported.save_pretrained(directory)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():  # it says much
+        warnings.simplefilter("ignore")
+        whole = exporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True), multi_token_decode=True)
+        only = {GRAPH: whole.components[GRAPH]}
+        exported: Any = ExportedModel(only, whole.export_format, whole.config, whole.generation_config)
+        exported.save_pretrained(directory)
