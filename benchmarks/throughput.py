@@ -63,7 +63,7 @@ def text_of(speeds: list[Speed], load: Load, dtype: str) -> str:
     ]
     text = "Millions of parameters, megabytes of weights, millions of multiplications per token (logits included), the "
     text += f"share of the maps' parameters in maps with a width that is no multiple of {KIND}.\n\n"
-    text += table(["model", "parameters", "weights", "multiplications", f"not by {KIND}"], sizes)
+    text += table(["model", "parameters", "weights", "multiplications", f"not divisible by {KIND}"], sizes)
     text += (
         f"\nPrompts of {load.sequence_length} tokens, then {load.new_tokens} one by one, {dtype}; tokens per second, "
     )
