@@ -658,11 +658,20 @@ def test_generate_refuses_to_chat_without_a_template(tiny_checkpoint: Path) -> N
     assert re.fullmatch(r"modegpt: [^\n]+\n", outcome.err)
 
 
-@pytest.mark.parametrize("name", ["missing", "model", "text.txt"])
-def test_inspect_names_what_is_no_compressed_checkpoint(checkpoint_copy: Path, text_file: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("missing", "is no directory"),
+        ("text.txt", "is no directory"),
+        ("model", "is not compressed by modegpt: it has no compression.json"),
+    ],
+)
+def test_inspect_names_what_is_no_compressed_checkpoint(
+    checkpoint_copy: Path, text_file: Path, name: str, problem: str
+) -> None:
     shutil.copy(text_file, checkpoint_copy.parent / "text.txt")
     outcome = run_cli("inspect", checkpoint_copy.parent / name)
-    assert re.fullmatch(rf"modegpt: [^\n]*{name}/compression\.json cannot be read: [^\n]+\n", outcome.err)
+    assert outcome.err == f"modegpt: {checkpoint_copy.parent / name} {problem}\n"
     assert (outcome.code, outcome.out) == (2, "")
 
 

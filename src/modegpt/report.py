@@ -212,7 +212,7 @@ _KINDS = {REPORT_FILE: "a compression report", SPECTRA_FILE: "a report's spectra
 def _read(path: Path, kind: type[_File]) -> _File:
     try:
         return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         what = f"is not compressed by modegpt: it has no {path.name}" if path.parent.is_dir() else "is no directory"
         raise CheckpointError(f"{path.parent} {what}") from error
     except OSError as error:
