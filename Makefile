@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make test-oldest  the tests of the model families with the oldest Transformers that is supported
 # make test-vllm  a checkpoint in the real vLLM, on the CPU
+# make test-torchao  checkpoints with weights of 8 and 4 bits by the real torchao
 # make check   linter, formatter's check and type checker
 # PYTHON=python3.12 make ... picks the interpreter the environment is made with.
 
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-oldest test-vllm check clean
+.PHONY: demo test test-oldest test-vllm test-torchao check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -38,6 +39,14 @@ test-vllm:
 	$(VLLM)/bin/python -m pip install --quiet --editable .
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py
 
+# Not in the environment of the other tests: it writes to standard error whenever it is imported, and Transformers
+# imports it wherever it is.
+TORCHAO := .venv-torchao
+test-torchao: requirements.txt
+	$(MAKE) VENV=$(TORCHAO) $(TORCHAO)/installed
+	$(TORCHAO)/bin/python -m pip install --quiet --no-deps torchao==0.18.0
+	$(TORCHAO)/bin/python -m pytest tests/test_torchao.py
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,4 +62,4 @@ $(INSTALLED): pyproject.toml requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(VLLM) demo-output
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(TORCHAO) demo-output

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -228,3 +229,13 @@ def narrow_llama(**settings: Any) -> PreTrainedModel:
     ranks = [LayerRanks({"mlp": 20 + 4 * index, "qk": 2, "vo": 3}) for index in range(3)]
     with engine.active():
         return engine.compress(ModeGPT(1e-4), Choice(ranks, [{}] * 3), sequential=False).model
+
+
+def rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
+    """Change or (None) drop tensors in a checkpoint; double underscores stand for dots."""
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("__", "."))
+        if tensor is not None:
+            tensors[name.replace("__", ".")] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 import modegpt
 from family_table import BY_NAME
 from helpers import compress_arguments, run_cli, tiny_llama, token_windows
+from modegpt.address import open_model
 from modegpt.bench import Load, Ratio, Timing, _memory, macs_per_token, measure, odd_share
 
 
@@ -101,7 +103,8 @@ def test_models_take_turns(tiny_checkpoint: Path, small: Path, monkeypatch: pyte
     monkeypatch.setattr("modegpt.bench._run", run)
     monkeypatch.setattr("modegpt.bench._memory", lambda *_: (0, 0))
     measure([str(tiny_checkpoint), str(small)], Load([1, 2], 4, 1, repeats=3))
-    assert order == [type(tiny_llama()).__name__, type(modegpt.load(small)).__name__] * 6
+    turn = [type(tiny_llama()).__name__, type(modegpt.load(small)).__name__]
+    assert order == [*turn, *turn[::-1], *turn] * 2  # so that a steady drift slows neither
 
 
 def measured_batches(printed: str, name: str) -> list[str]:
@@ -139,6 +142,24 @@ def test_what_runs_out_of_memory_all_the_same_is_left_out(
     assert outcome.code == 0, outcome.err
     assert "Batches of 3 are left out: CUDA out of memory. Tried to allocate 2.00 GiB\n" in outcome.err
     assert measured_batches(outcome.out, tiny_checkpoint.name) == ["2", "4", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("_run", "one sequence of 10 tokens does not fit: CUDA out"), ("open_model", "the models do not fit together")],
+)
+def test_where_nothing_fits_there_is_one_line(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: str
+) -> None:
+    def too_much(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of ...")
+
+    opened = open_model(str(tiny_checkpoint))
+    value = too_much if where == "_run" else lambda *_, **__: (*opened[:2], too_much)
+    monkeypatch.setattr(f"modegpt.bench.{where}", value)
+    options = ("--batch-sizes", "2", "--sequence-length", 8, "--new-tokens", 2, "--repeats", 1, "--quiet")
+    outcome = run_cli("bench", tiny_checkpoint, *options)
+    assert (outcome.code, outcome.out, outcome.err.count("\n"), words in outcome.err) == (2, "", 1, True), outcome.err
 
 
 def test_compiled_models_are_measured_as_such(

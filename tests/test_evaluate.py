@@ -24,6 +24,7 @@ from helpers import WORDS, Outcome, compress_arguments, run_cli, tiny_llama, tin
 from modegpt.address import open_model
 from modegpt.comparison import Texts
 from modegpt.data import tokenize
+from modegpt.task_rows import files_of
 from modegpt.tasks import Tasks, TaskScore, degradation, mean
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (lm-eval) is not installed")
@@ -153,6 +154,16 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
         (directory / name).write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
         asked[task] = [question for _, question in made]
     return directory, asked
+
+
+def test_the_file_of_the_most_exact_name_has_a_tasks_rows(tmp_path: Path) -> None:
+    names = ["piqa.jsonl", "piqa_val_hard.jsonl", "piqa_valid.jsonl.gz", "piqa_validation.jsonl", "piqa_x.jsonl"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = [path.name for path in files_of(tmp_path, "piqa", "validation", whole=True)]
+    assert found == ["piqa_validation.jsonl", "piqa_valid.jsonl.gz", "piqa_val_hard.jsonl"]
+    assert [path.name for path in files_of(tmp_path, "piqa", "test", whole=True)] == ["piqa.jsonl"]
+    assert files_of(tmp_path, "piqa", "test", whole=False) == []
 
 
 @pytest.fixture(scope="module")

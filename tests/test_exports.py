@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import modegpt
 from family_table import BY_NAME
-from helpers import narrow_llama, run_cli, tiny_llama, token_windows
+from helpers import narrow_llama, rewrite, run_cli, tiny_llama, token_windows
 from modegpt.errors import InvalidRequest
 from modegpt.exports.gguf_file import TYPES, write_gguf
 from modegpt.exports.gguf_tokenizer import tokenizer_fields
@@ -243,6 +247,32 @@ def test_what_cannot_be_is_refused(small: Path, tmp_path: Path, options: str, wo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("target", ["gguf", "stock"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(small: Path, tmp_path: Path, target: str) -> None:
+    command = [sys.executable, "-m", "modegpt", "export", str(small), "-o", "x", "--format", target, "--type"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    done = subprocess.run(
+        [*command, "f16"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit)),
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"modegpt: --output x: [^\n]+; nothing was written\n", done.stderr.splitlines(True)[-1])
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_a_type_cannot_hold_are_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
+    rewrite(checkpoint_copy, model__layers__0__mlp__up_proj__weight=torch.full((48, 32), 1e5))
+    outcome = run_cli("export", checkpoint_copy, "-o", tmp_path / "x.gguf", "--format", "gguf")
+    assert outcome.code == 2
+    assert "blk.0.ffn_up.weight has weights that float16 cannot hold; use bf16 or f32" in outcome.err
+    outcome = run_cli("export", checkpoint_copy, "-o", tmp_path / "x.gguf", "--format", "gguf", "--type", "bf16")
+    assert outcome.code == 0, outcome.err
+
+
 def test_nothing_is_overwritten(small: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     for name, words in (("mine", "is there already"), ("mine/x.gguf", "is a file")):
@@ -320,3 +350,26 @@ def test_other_tokenizers_are_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab={"a": 0}, unk_token="a")))
     with pytest.raises(InvalidRequest, match="the tokenizer is no byte-pair encoding but 'WordLevel'"):
         tokenizer_fields(tokenizer, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"normalizer": normalizers.Lowercase()}, "no tokenizer with 'Lowercase'"),
+        ({"pre_tokenizer": pre_tokenizers.Whitespace()}, "no tokenizer with 'Whitespace'"),
+        ({"pre_tokenizer": None}, "no tokenizer with 'no bytes"),
+        ({}, "the tokenizer has token 3, the model 2 embeddings"),
+    ],
+)
+def test_tokenizers_that_change_text_in_other_ways_are_refused(change: dict[str, Any], words: str) -> None:
+    tokenizer = byte_level(use_regex=True)
+    for name, value in change.items():
+        setattr(tokenizer.backend_tokenizer, name, value)
+    with pytest.raises(InvalidRequest, match=words):
+        tokenizer_fields(tokenizer, 8 if change else 2)
+
+
+def test_of_several_chat_templates_the_default_is_taken() -> None:
+    tokenizer = byte_level(use_regex=True)
+    tokenizer.chat_template = {"default": "{{ one }}", "tools": "{{ two }}"}
+    assert tokenizer_fields(tokenizer, 8).chat_template == "{{ one }}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modegpt
 from family_table import BY_NAME
@@ -64,7 +65,7 @@ def continued(path: Path, engine: str, ids: torch.Tensor, mask: torch.Tensor, co
     return ids
 
 
-@pytest.fixture(scope="module", params=["llama-gqa", "gpt2"])
+@pytest.fixture(scope="module", params=["llama-gqa", "gpt2", "mistral-window", "gemma2", "mixtral"])
 def exported(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
@@ -86,7 +87,29 @@ def test_engines_go_on_as_transformers_does(exported: tuple[Path, Path], engine:
     inputs = tokenizer(["the model keeps", "a decoder layer reads the head of"], return_tensors="pt", padding=True)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert not mask.bool().all()
-    wanted = open_it().generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+    model = open_it()
+    window = getattr(model.config, "sliding_window", None) or 0
+    count = max(10, window + 4 - int(mask.sum(1).min()))  # beyond the window, where there is one
+    wanted = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    assert continued(exported[1] / "decode.onnx", engine, ids, mask, 10).equal(wanted)
+    assert continued(exported[1] / "decode.onnx", engine, ids, mask, count).equal(wanted)
+
+
+def test_graphs_of_models_in_bfloat16_are_in_float32(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Which ONNX Runtime computes in."""
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint("llama-gqa"), dtype=torch.bfloat16)
+    dense.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(checkpoint("llama-gqa")).save_pretrained(tmp_path / "dense")
+    outcome = run_cli("export", tmp_path / "dense", "-o", tmp_path / "graph", "--format", "onnx")
+    assert outcome.code == 0, outcome.err
+    ids, mask = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64)
+    found = continued(tmp_path / "graph" / "decode.onnx", next(iter(ENGINES)), ids, mask, 5)
+    assert found.equal(dense.float().generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None))
+
+
+def test_what_cannot_be_traced_is_one_line(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    outcome = run_cli("export", checkpoint("llama-dynamic"), "-o", tmp_path / "graph", "--format", "onnx", "--quiet")
+    assert outcome.code == 1
+    assert re.fullmatch(r"modegpt: --format onnx: [^\n]*cannot trace this llama: [^\n]+\n", outcome.err)
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 import modegpt
 from helpers import Outcome, compress_arguments, run_cli
@@ -334,11 +335,25 @@ def test_a_checkpoint_is_pushed_with_all_that_it_needs(made: Path, monkeypatch: 
     (repository, made_with), upload = api.told
     assert (api.token, repository, made_with) == ("t", "me/greedy", {"private": True, "exist_ok": True})
     assert (upload["repo_id"], upload["folder_path"]) == ("me/greedy", made / "greedy")
-    sent = {path.name for pattern in upload["allow_patterns"] for path in (made / "greedy").glob(pattern)}
-    assert sent == {path.name for path in (made / "greedy").iterdir()}
+    assert sorted(upload["allow_patterns"]) == sorted(path.name for path in (made / "greedy").iterdir())
     outcome = run_cli("push", made / "greedy", "me/greedy")
     assert outcome == Outcome(0, "Uploaded: https://hub/commit/1\n", "")
     assert apis[1].told[0] == ("me/greedy", {"private": False, "exist_ok": True})
+
+
+def test_nothing_but_the_checkpoint_is_pushed(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what lies in folders inside, by the hub's own rule, nor other kinds of files."""
+    apis: list[Api] = []
+    monkeypatch.setattr(hub, "HfApi", lambda token: (apis.append(Api(token)), apis[-1])[1])
+    shutil.copytree(made / "greedy", tmp_path / "mine")
+    whole = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    (tmp_path / "mine" / "runs").mkdir()
+    for name in ("runs/secrets.json", "runs/optimizer.safetensors", "training.pt"):
+        (tmp_path / "mine" / name).write_text("{}")
+    modegpt.push_to_hub(tmp_path / "mine", "me/mine")
+    everything = [str(path.relative_to(tmp_path / "mine")) for path in (tmp_path / "mine").rglob("*")]
+    allowed = apis[0].told[1]["allow_patterns"]
+    assert sorted(filter_repo_objects(everything, allow_patterns=allowed)) == whole
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "compression.json", "README.md"])
@@ -398,3 +413,53 @@ def test_metrics_that_are_no_share_are_not_percents(made: Path, tmp_path: Path) 
     _, text = page(tmp_path / "r.html", made / "paper", "--evaluation", tmp_path / "e.json")
     (row,) = [row for row in Cells(text).rows if row[0] == "wikitext (word_perplexity)"]
     assert row[1:] == ["20.500", "", ""]
+
+
+def test_models_of_names_that_come_to_one_have_figures_of_their_own(made: Path, tmp_path: Path) -> None:
+    for name in ("a b", "a_b"):
+        shutil.copytree(made / "paper", tmp_path / name)
+    _, text = page(tmp_path / "r.html", tmp_path / "a b", tmp_path / "a_b", "--figures", tmp_path / "figures")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"1-a_b-ranks.png", "2-a_b-ranks.png"} <= names
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len({*ids})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: row.pop("token_seconds"), "token_seconds"),
+        (lambda row: row["token_seconds"].popitem(), "other percentiles"),
+        (lambda row: row.clear(), "batch_size"),
+    ],
+)
+def test_damaged_speeds_are_refused(
+    made: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    speeds = json.loads((made / "bench.json").read_text())
+    change(speeds["models"][-1]["rows"][-1])
+    (tmp_path / "b.json").write_text(json.dumps(speeds))
+    outcome = run_cli("report", made / "paper", "-o", tmp_path / "r.html", "--bench", tmp_path / "b.json")
+    assert (outcome.code, outcome.err.count("\n"), words in outcome.err) == (2, 1, True), outcome.err
+    speeds["models"][0]["rows"] = []
+    (tmp_path / "b.json").write_text(json.dumps(speeds))
+    outcome = run_cli("report", made / "paper", "-o", tmp_path / "r.html", "--bench", tmp_path / "b.json")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda facts: facts["block_parameters"].update(dense=0), "block_parameters.dense"),
+        (lambda facts: facts["layers"][0].update(scores=[1.0, float("nan")]), "scores"),
+    ],
+)
+def test_crafted_facts_are_refused(
+    made: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    shutil.copytree(made / "paper", tmp_path / "crafted")
+    facts = json.loads((tmp_path / "crafted" / "compression.json").read_text())
+    change(facts)
+    (tmp_path / "crafted" / "compression.json").write_text(json.dumps(facts))
+    outcome = run_cli("report", tmp_path / "crafted", "-o", tmp_path / "r.html")
+    assert (outcome.code, outcome.err.count("\n"), words in outcome.err) == (2, 1, True), outcome.err

@@ -19,7 +19,7 @@ from unittest.mock import Mock
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, FalconConfig, LlamaConfig, PreTrainedTokenizerBase
 
 from helpers import (
@@ -27,6 +27,7 @@ from helpers import (
     compress_arguments,
     process_command,
     random_text,
+    rewrite,
     run_cli,
     run_process,
     snapshot,
@@ -405,16 +406,6 @@ def test_a_damaged_directory_is_refused(
 def test_an_index_of_another_shape_is_refused(refuse_model: Refuse, checkpoint_copy: Path, content: object) -> None:
     index(content)(checkpoint_copy)
     assert "is not a safetensors index" in refuse_model(checkpoint_copy)
-
-
-def rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
-    """Change or (None) drop tensors in a checkpoint; double underscores stand for dots."""
-    tensors = load_file(directory / "model.safetensors")
-    for name, tensor in changes.items():
-        tensors.pop(name.replace("__", "."))
-        if tensor is not None:
-            tensors[name.replace("__", ".")] = tensor
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("tensor", [None, torch.zeros(3, 3)], ids=["missing", "of another shape"])

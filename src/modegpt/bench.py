@@ -199,7 +199,11 @@ def measure(
     with progress.phase("load", len(opened)):
         models: list[PreTrainedModel] = []
         for _, _, open_it in opened:
-            models.append(open_it().eval())
+            try:
+                models.append(open_it().eval())
+            except torch.OutOfMemoryError as error:
+                problem = str(error).partition(". GPU")[0]
+                raise InvalidRequest(f"the models do not fit together: {problem}; measure fewer at once") from error
             progress.advance()
     arithmetic = [macs_per_token(model, load.sequence_length) for model in models]
     with _compiled(models) if compiled else nullcontext():
@@ -241,7 +245,11 @@ def _timings(
     found: list[list[Timing]] = []
     with progress.phase("bench", len(load.batch_sizes) * (load.repeats + 1)):
         progress.detail("memory of one sequence")
-        alone = max(_memory(model, _prompts(configs, 1, load.sequence_length), load)[1] for model in models)
+        try:
+            alone = max(_memory(model, _prompts(configs, 1, load.sequence_length), load)[1] for model in models)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            problem = str(error).partition(". GPU")[0]
+            raise InvalidRequest(f"one sequence of {load.positions} tokens does not fit: {problem}") from error
         for batch_size in load.batch_sizes:
             progress.detail(f"batches of {batch_size}")
             try:
@@ -276,8 +284,9 @@ def _in_turn(models: Sequence[PreTrainedModel], ids: torch.Tensor, load: Load, p
         timing.cache_bytes, working = _memory(model, ids, load)
         timing.peak_bytes = weight_bytes(model) + working
     progress.advance()
-    for _ in range(load.repeats):
-        for model, timing in zip(models, timings, strict=True):
+    turn = list(zip(models, timings, strict=True))
+    for repeat in range(load.repeats):
+        for model, timing in turn if repeat % 2 == 0 else reversed(turn):  # a steady drift cancels
             seconds, _ = _run(model, ids, load.new_tokens)
             timing.prefill.append(seconds[0])
             timing.steps.append(seconds[1:])

@@ -41,15 +41,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def storing(what: str) -> Iterator[None]:
-    """Turn a failure to write ``what`` within this context into a :class:`StorageError` that says how to go on."""
+def storing(what: str, *, resumes: bool = True) -> Iterator[None]:
+    """Turn a failure to write ``what`` within this context into a :class:`StorageError` that says how to go on.
+
+    ``resumes`` tells that the same command goes on where it was; else it starts again, and nothing is left behind.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"{what}: {getattr(error, 'strerror', None) or error}; what is finished so far is kept: "
-            "once that is mended, repeat the command to go on"
-        ) from error
+        after = "what is finished so far is kept: once that is mended, repeat the command to go on"
+        problem = getattr(error, "strerror", None) or error
+        raise StorageError(f"{what}: {problem}; {after if resumes else 'nothing was written'}") from error
 
 
 def sha256_of(path: Path) -> str:

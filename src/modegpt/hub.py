@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from pathlib import Path
 
@@ -38,12 +39,18 @@ def push_to_hub(
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repository, folder_path=directory, commit_message=message, allow_patterns=list(FILES)
+            repo_id=repository, folder_path=directory, commit_message=message, allow_patterns=_files(directory)
         )
     except Exception as error:  # the hub, the network and the client each have errors of their own
         problem = " ".join(str(error).split()) or type(error).__name__
         raise InvalidRequest(f"{repository!r} cannot be uploaded to {api.endpoint}: {problem}") from error
     return str(done.commit_url)
+
+
+def _files(directory: Path) -> list[str]:
+    """The names that are uploaded: none from folders inside, which the hub's patterns would reach too."""
+    found = {path.name for pattern in FILES for path in directory.glob(pattern) if path.is_file()}
+    return [glob.escape(name) for name in sorted(found)]
 
 
 def _shards(directory: Path) -> list[str]:

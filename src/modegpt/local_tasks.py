@@ -112,5 +112,7 @@ class LocalTasks:
             self.used.setdefault(asked, {})[file.name] = sha256_of(file)
             for problem in problems:
                 self._progress.note(f"left out: {problem}")
+            if others := [path.name for path in paths[len(problems) + 1 :]]:
+                self._progress.note(f"{asked}: rows are from {file.name}, not from {', '.join(others)}")
             return rows
         raise problems[0]

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from typing_extensions import Self
 
 from .console import duration, millions
 from .curve import Curve
@@ -70,7 +71,7 @@ class _Speed(BaseModel):
     weight_bytes: int
     macs_per_token: float
     dtype: str
-    rows: list[_Speeds]
+    rows: list[_Speeds] = Field(min_length=1)
 
 
 class Bench(BaseModel):
@@ -79,6 +80,12 @@ class Bench(BaseModel):
     command: str
     machine: dict[str, Any]
     models: list[_Speed] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _one_table(self) -> Self:
+        if len({tuple(row.token_seconds) for one in self.models for row in one.rows}) > 1:
+            raise ValueError("token_seconds has other percentiles in some rows than in others")
+        return self
 
 
 @dataclass(frozen=True)
@@ -172,20 +179,20 @@ class Page:
                 for name, one, own in zip(names, self.checkpoints, plots, strict=True)
             ],
         )
-        with storing(f"--output {path}"):
+        with storing(f"--output {path}", resumes=False):
             replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
         if figures is not None:
-            with storing(f"--figures {figures}"):
+            with storing(f"--figures {figures}", resumes=False):
                 for plot in [*(p for section in sections for p in section.plots), *(p for own in plots for p in own)]:
                     plot.write(figures)
 
     def _layers(self, names: Sequence[str]) -> list[list[Any]]:
         from .figures import layer_plots
 
-        return [
-            layer_plots(one.report, re.sub(r"[^A-Za-z0-9._-]", "_", name))
-            for name, one in zip(names, self.checkpoints, strict=True)
-        ]
+        files = [re.sub(r"[^A-Za-z0-9._-]", "_", name) for name in names]
+        if len({*files}) < len(files):  # two names can come to one
+            files = [f"{place}-{file}" for place, file in enumerate(files, 1)]
+        return [layer_plots(one.report, file) for file, one in zip(files, self.checkpoints, strict=True)]
 
     def _overall(self, names: Sequence[str]) -> list[Section]:
         found = [self._sizes(names), *map(_quality, self.evaluations)]

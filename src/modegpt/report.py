@@ -62,7 +62,7 @@ class TextFacts(_Facts):
 class Pair(_Facts):
     """The same quantity of the dense and the compressed model."""
 
-    dense: float
+    dense: Annotated[float, Field(gt=0)]
     compressed: float
 
     @property
@@ -89,7 +89,7 @@ class LayerFacts(_Facts):
     """One decoder layer."""
 
     sparsity: dict[Module, float]
-    scores: list[float] | None
+    scores: list[Annotated[float, Field(allow_inf_nan=False)]] | None
     divergence: dict[Module, float] | None = None
     """What every module was predicted to cost in nats per token, where the allocation knew."""
     modules: dict[Module, ModuleResult]

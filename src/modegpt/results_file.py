@@ -36,5 +36,5 @@ class ResultsFile:
         """Write it with these ``facts``; raises :class:`StorageError` where that fails."""
         everything = {"command": self.command, "versions": versions(), "settings": self.settings, **facts}
         text = json.dumps(everything, indent=1, default=str) + "\n"
-        with storing(f"--output {self.path}"):
+        with storing(f"--output {self.path}", resumes=False):
             replace_file(self.path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -24,10 +24,19 @@ SPLITS: Mapping[str, tuple[str, ...]] = {"validation": ("val", "valid", "validat
 
 
 def files_of(directory: Path, task: str, split: str, *, whole: bool) -> list[Path]:
-    """The files of a task's ``split`` in ``directory``, by name; as a ``whole``, ``TASK.jsonl`` is one too."""
-    part = f"_(?:{'|'.join(map(re.escape, SPLITS.get(split, (split,))))})(?:_.*)?"
-    named = re.compile(rf"{re.escape(task)}(?:{part}){'?' if whole else ''}\.jsonl(?:\.gz)?")
-    return sorted(path for path in directory.iterdir() if named.fullmatch(path.name))
+    """The files of a task's ``split`` in ``directory``, the most exactly named first.
+
+    That is ``TASK_SPLIT.jsonl``, then the split's other names, then those with more behind them; as a ``whole``,
+    ``TASK.jsonl`` where there is none of these.
+    """
+    splits = dict.fromkeys((split, *SPLITS.get(split, ())))
+    named = re.compile(rf"{re.escape(task)}_({'|'.join(map(re.escape, splits))})(_.*)?\.jsonl(?:\.gz)?")
+    found = [(match, path) for path in directory.iterdir() if (match := named.fullmatch(path.name))]
+    if not found and whole:
+        return sorted(path for path in directory.iterdir() if path.name in (f"{task}.jsonl", f"{task}.jsonl.gz"))
+    places = {name: place for place, name in enumerate(splits)}
+    found.sort(key=lambda one: (one[0][2] is not None, places[one[0][1]], one[1].name))
+    return [path for _, path in found]
 
 
 def read_rows(path: Path, dataset: str, subject: str | None = None) -> list[dict[str, Any]]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from ..address import open_model
 from ..errors import InvalidRequest
-from ..files import existing_parent
+from ..files import existing_parent, storing
 from ..progress import Progress
 from .gguf_file import TYPES, write_gguf
 from .gguf_tokenizer import tokenizer_fields
 from .k_quants import K_QUANTS, check_quantizer
-from .onnx import check_onnx, write_onnx
+from .onnx import check_onnx, onnx_dtype, write_onnx
 from .plain import PlainDecoder, PlainShape, check_plain
 from .stock import stock_model
 
@@ -57,6 +57,8 @@ def export(
     """
     progress = progress or Progress()
     _check(output, target, kind)
+    if target == "onnx":
+        dtype = onnx_dtype(dtype)
     tokenizer, config, open_it = open_model(address, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     if target == "onnx":
         check_onnx()
@@ -65,7 +67,7 @@ def export(
     fields = tokenizer_fields(tokenizer, config.vocab_size, pre_tokenizer) if target == "gguf" else None
     with progress.phase("load"):
         model = open_it()
-    with progress.phase("export"):
+    with progress.phase("export"), storing(f"--output {output}", resumes=False):
         output.parent.mkdir(parents=True, exist_ok=True)
         own = sum(parameter.numel() for parameter in model.parameters())
         if target == "onnx":
@@ -92,7 +94,7 @@ def _check(output: Path, target: str, kind: str) -> None:
         raise InvalidRequest(f"--type {kind} goes with --format gguf; --format {target} keeps the model's dtype")
     if kind in K_QUANTS:
         check_quantizer(kind)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise InvalidRequest(f"--output {str(output)!r} is there already; remove it or choose another")
     if not existing_parent(output).is_dir():
         raise InvalidRequest(f"--output {str(output)!r}: {str(existing_parent(output))!r} is a file")

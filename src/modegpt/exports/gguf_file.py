@@ -6,6 +6,7 @@ both the channels 2 i and 2 i + 1 of a head rotate together, where Transformers 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
+from ..errors import InvalidRequest
 from ..files import replace_file
 from .gguf_tokenizer import TokenizerFields
 from .k_quants import K_QUANTS, quantize
@@ -77,6 +79,8 @@ def _write(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFields, 
     shape, widths = plain.shape, [-(-width // BLOCK) * BLOCK for width in plain.shape.widths]
     same = len({*zip(widths, shape.heads, shape.groups, strict=True)}) == 1
     writer = gguf.GGUFWriter(path, "llama" if same else "deci", use_temp_file=True)  # a tensor at a time in memory
+    spooled: Any = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - the writer closes it
+    writer.temp_file = spooled  # where there has to be room for the file itself
     writer.add_name(name)
     writer.add_file_type(TYPES[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -149,6 +153,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, kind: 
     if tensor.dim() < 2 or kind == "f32":
         writer.add_tensor(name, data)
     elif kind == "f16" or (blocked and tensor.shape[-1] % BLOCK):
+        if not np.abs(data).max(initial=0) <= np.finfo(np.float16).max:
+            raise InvalidRequest(f"--type {kind}: {name} has weights that float16 cannot hold; use bf16 or f32")
         writer.add_tensor(name, data.astype(np.float16))
     else:
         chosen = TYPES["q8_0" if blocked and embeds else kind][0]

@@ -79,6 +79,7 @@ def tokenizer_fields(
         kind = model.get("type", type(tokenizer).__name__)
         raise InvalidRequest(f"--format gguf: the tokenizer is no byte-pair encoding but {kind!r}")
     bytewise = _bytewise(facts)
+    _check_steps(facts, bytewise)
     tokens, types = _tokens(facts, vocabulary, bytewise)
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     return TokenizerFields(
@@ -90,7 +91,7 @@ def tokenizer_fields(
         scores=None if bytewise else _scores(tokens, merges),
         special=_special(tokenizer),
         adds=_adds(tokenizer, facts, bytewise),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_template=_template(tokenizer),
     )
 
 
@@ -105,10 +106,37 @@ def _bytewise(facts: Mapping[str, Any]) -> bool:
     return any(part["type"] == "ByteLevel" for part in _parts(facts["pre_tokenizer"], "pretokenizers"))
 
 
+def _check_steps(facts: Mapping[str, Any], bytewise: bool) -> None:
+    """Refuse what changes text before it is encoded, where llama.cpp has nothing of the kind.
+
+    Raises :class:`InvalidRequest`.
+    """
+    normalizers = [part["type"] for part in _parts(facts["normalizer"], "normalizers")]
+    splits = [part["type"] for part in _parts(facts["pre_tokenizer"], "pretokenizers")]
+    # Unicode's normal forms leave nearly all text as it is; SentencePiece's blanks are what 'llama' does itself.
+    known = {"NFC", "NFKC", "NFD", "NFKD"} if bytewise else {"Prepend", "Replace", "NFC", "NFKC"}
+    problem = next((kind for kind in normalizers if kind not in known), None)
+    if not bytewise:
+        problem = problem or next((kind for kind in splits if kind != "Metaspace"), None)
+        if not facts["model"].get("byte_fallback") and not {"Prepend", "Replace"} & {*normalizers} and not splits:
+            problem = problem or "no bytes and no blanks of SentencePiece"
+    if problem is not None:
+        raise InvalidRequest(f"--format gguf: llama.cpp has no tokenizer with {problem!r}, as this one has")
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template; of several the default one."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
 def _tokens(facts: Mapping[str, Any], vocabulary: int, bytewise: bool) -> tuple[list[str], list[int]]:
     """All tokens and their types; embeddings without a token get one that is never used."""
     tokens = [f"[PAD{number}]" for number in range(vocabulary)]
     types = [int(TokenType.UNUSED)] * vocabulary
+    known = [*facts["model"]["vocab"].values(), *(added["id"] for added in facts["added_tokens"])]
+    if max(known) >= vocabulary:
+        raise InvalidRequest(f"--format gguf: the tokenizer has token {max(known)}, the model {vocabulary} embeddings")
     for token, number in facts["model"]["vocab"].items():
         byte = not bytewise and len(token) == 6 and token.startswith("<0x")
         tokens[number], types[number] = token, int(TokenType.BYTE if byte else TokenType.NORMAL)
@@ -166,6 +194,6 @@ def _adds(tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any], bytewise
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return {
         "space": space,
-        "bos": bos is not None and ids[0] == bos,
-        "eos": eos is not None and ids[-1] == eos,
+        "bos": bos is not None and ids[:1] == [bos],
+        "eos": eos is not None and ids[-1:] == [eos],
     }

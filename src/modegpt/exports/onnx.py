@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, ModeGPTError
 
 #: The one graph: tokens after those in the cache, of which there can be none, to logits and the new cache.
 GRAPH = "decode"
 _PACKAGES = ("onnx", "onnxscript")
+
+
+#: What tells a windowed layer's cache how long its window is, and a graph as the end of an input's name.
+_WINDOW = "_sliding_window_tensor"
+
+
+def onnx_dtype(dtype: str) -> str:
+    """What weights of ``dtype`` are in a graph: ONNX Runtime does not compute in bfloat16, which most models are in."""
+    if dtype == "bfloat16":
+        raise InvalidRequest("--dtype bfloat16: ONNX Runtime does not compute in it; use float32 or float16")
+    return "float32" if dtype == "auto" else dtype
 
 
 def check_onnx() -> None:
@@ -32,6 +46,7 @@ def write_onnx(directory: Path, model: PreTrainedModel) -> None:
     """Write ``decode.onnx``, its weights and the configs into ``directory``; batch and lengths stay free.
 
     The attention mask tells padding (on the left) from tokens. What a runtime has to do is in ``docs/engines.md``.
+    Raises :class:`ModeGPTError` for a model that the exporter cannot trace.
     """
     from transformers.exporters.base import ExportedModel
     from transformers.exporters.configs import OnnxConfig
@@ -42,9 +57,47 @@ def write_onnx(directory: Path, model: PreTrainedModel) -> None:
     mask[0, :2] = 0  # with nothing to mask, the graph would have no mask
     exporter: Any = OnnxExporter()
     inputs = {"input_ids": ids, "attention_mask": mask}
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():  # it says much
-        warnings.simplefilter("ignore")
-        whole = exporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True), multi_token_decode=True)
+    with _silence():
+        try:
+            whole = exporter.export_for_generation(model, inputs, OnnxConfig(dynamic=True), multi_token_decode=True)
+        except Exception as error:  # of PyTorch, of onnxscript, of Transformers
+            problem = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ModeGPTError(
+                f"--format onnx: the exporter of Transformers cannot trace this {model.config.model_type}: {problem}"
+            ) from error
         only = {GRAPH: whole.components[GRAPH]}
         exported: Any = ExportedModel(only, whole.export_format, whole.config, whole.generation_config)
         exported.save_pretrained(directory)
+    _settle_windows(directory / f"{GRAPH}.onnx", model)
+
+
+def _settle_windows(path: Path, model: PreTrainedModel) -> None:
+    """Make constants of inputs of the graph that only repeat the config: the lengths of sliding windows."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    inputs, outputs = graph.graph.input, graph.graph.output
+    windows = [one for one in inputs if one.name.endswith(_WINDOW)]
+    if not windows:
+        return
+    length = np.array(model.config.sliding_window, dtype=np.int64)
+    for one in windows:
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(length, one.name))
+        inputs.remove(one)
+    for one in [one for one in outputs if one.name.endswith(_WINDOW)]:
+        outputs.remove(one)
+    onnx.save(graph, path)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What exports says much, in several ways."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -78,8 +78,8 @@ class PlainShape:
 class PlainDecoder:
     """The tensors of a dense or compressed ``model`` as a plain Llama's, under the names of Transformers."""
 
-    def __init__(self, model: PreTrainedModel, *, multiple: int = 2) -> None:
-        """With a head size that is a ``multiple``. Raises :class:`InvalidRequest` for what is no Llama."""
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raises :class:`InvalidRequest` for what is no Llama."""
         self.model = model
         family = FAMILIES[model.config.model_type.removeprefix(COMPRESSED)]
         self._family = family.description
@@ -93,7 +93,7 @@ class PlainDecoder:
         pairs, heads, groups, values = zip(*map(self._sizes, self._layers), strict=True)
         self._slots = _union(pairs)
         head = max(2 * len(self._slots), *values)
-        head = math.ceil(head / multiple) * multiple
+        head += head % 2  # channels rotate in pairs
         rotary: Any = base_model(model).get_submodule("rotary_emb")
         self._gains = _gains(rotary, self._slots, head)
         config = stock_config(model.config)

@@ -20,15 +20,16 @@ def stock_model(plain: PlainDecoder) -> LlamaForCausalLM:
     """
     shape, model = plain.shape, plain.model
     groups, width = _groups(shape), max(shape.widths)
-    tensors = plain.rest()
-    for index in range(len(plain)):
-        tensors |= {f"model.layers.{index}.{name}": x for name, x in plain.layer(index, groups, width).items()}
+    tensors = {name: x.to(model.dtype) for name, x in plain.rest().items()}
+    for index in range(len(plain)):  # a layer at a time in more bits
+        layer = plain.layer(index, groups, width)
+        tensors |= {f"model.layers.{index}.{name}": x.to(model.dtype) for name, x in layer.items()}
     config = _config(shape, groups, tensors, model)
     with torch.device("meta"):
         stock = LlamaForCausalLM(config)
     wanted = {name: x.shape for name, x in stock.state_dict().items() if not (shape.tied and name == "lm_head.weight")}
     complete = {
-        name: tensors[name].to(model.dtype) if name in tensors else torch.zeros(size, dtype=model.dtype)  # biases
+        name: tensors[name] if name in tensors else torch.zeros(size, dtype=model.dtype)  # biases
         for name, size in wanted.items()
     }
     assert tensors.keys() <= complete.keys()
