@@ -272,6 +272,8 @@ def test_in_memory_it_is_the_same_mixture(
     options = {"ratio": 0.3, "samples": 10, "sequence_length": 32, "seed": 3}
     report = modegpt.compress(dense, tokenizer, calibration=text, **options).compression_report
     assert report.calibration.mixture == report_of(run)["calibration"]["mixture"]
+    with pytest.raises(InvalidRequest, match=r"^calibration 'self:much': a share must be a positive number"):
+        Mixture.parse("self:much", option="calibration")
     with pytest.raises(InvalidRequest, match=r"^calibration 'self:0': a share must be"):
         modegpt.compress(dense, tokenizer, calibration="self:0", **options)
     with pytest.raises(InvalidRequest, match=r"^calibration 'missing\.txt': no such file"):

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -106,6 +107,8 @@ def test_targets(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
         ("modegpt", 4, {"modules": ("mlp",)}),
         ("modegpt", 1, {"modules": ("mlp",), "layers": "1-2"}),
         ("obc", 16, {}),
+        ("joint-rank-k", 1, {"joint_only": True}),
+        ("svd", 4, {}),
         ("shortgpt", 1, {}),
         ("sleb", 1, {}),
     ],
@@ -137,6 +140,7 @@ def test_a_target_is_never_passed(method: str, align: int, more: dict[str, Any])
         ("--target-parameters 5B", "--target-parameters 5,000,000,000: the model has that already"),
         ("--target-size 1KB", "--target-size 1,000: embeddings, head and norms alone take more"),
         ("--max-perplexity-increase inf", "--max-perplexity-increase inf: input should be a finite number"),
+        ("--max-perplexity-increase 10", "--max-perplexity-increase '10': is that 10% or 1000%? Give it with the sign"),
         ("--max-perplexity-increase some", "--max-perplexity-increase 'some': give a share such as 10% or 0.1"),
     ],
 )
@@ -148,6 +152,45 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert outcome.err.strip().count("\n") <= 6  # the plan's and progress lines come before what is found on the way
     assert words in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("made_with", "options", "words"),
+    [
+        ("--method modegpt", "--ratio 0.3 --profile gguf", "--profile gguf"),
+        ("--modules mlp", "--ratio 0.3 --profile stock", "--profile stock"),
+        ("--method svd", "--ratio 0.3 --align auto", "--align auto"),
+    ],
+)
+def test_what_the_profile_settles_is_checked_with_what_is_asked_for(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path, made_with: str, options: str, words: str
+) -> None:
+    sizes = ("--samples", 8, "--sequence-length", 32)
+    outcome = run_cli(
+        "profile", tiny_checkpoint, "-o", tmp_path / "p", "--calibration", text_file, *sizes, *made_with.split()
+    )
+    assert outcome.code == 0, outcome.err
+    outcome = compress(tiny_checkpoint, tmp_path / "out", tmp_path / "p", *options.split(), "--quiet")
+    assert (outcome.code, outcome.err.count("\n"), words in outcome.err) == (2, 1, True), outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize("changed", ["no dtype in the config", "a profile in bfloat16"])
+def test_a_profile_knows_its_model_whatever_dtype_it_was_read_in(
+    checkpoint_copy: Path, text_file: Path, tmp_path: Path, changed: str
+) -> None:
+    model, options = checkpoint_copy, OPTIONS
+    if changed == "no dtype in the config":
+        facts = json.loads((model / "config.json").read_text())
+        del facts["dtype"]
+        (model / "config.json").write_text(json.dumps(facts))
+    else:
+        options = (*OPTIONS, "--dtype", "bfloat16")
+    outcome = run_cli("profile", model, "-o", tmp_path / "p", "--calibration", text_file, *options)
+    assert outcome.code == 0, outcome.err
+    outcome = compress(model, tmp_path / "out", tmp_path / "p", "--ratio", 0.3)
+    assert outcome.code == 0, outcome.err
+    modegpt.load(tmp_path / "out")
 
 
 def test_predictions_are_needed_for_a_limit_on_the_perplexity(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -314,7 +357,9 @@ def test_the_curve_of_maps_with_a_shared_factor(tiny_checkpoint: Path, text_file
     for align in (1, 8):
         heights = [point.perplexity for point in predicted_curve(tmp_path / "p", align).points]
         assert len(heights) > 2
-        assert heights == sorted(heights)
+        # In steps of 8 the rest of a budget can fall to a whole map, which loses more than its parameters are worth.
+        least = 1.0 if align == 1 else 0.95
+        assert all(after >= least * before for before, after in pairwise(heights))
 
 
 def test_the_knee_is_where_a_curve_bends() -> None:

@@ -22,6 +22,7 @@ from modegpt.exports.gguf_tokenizer import tokenizer_fields
 from modegpt.exports.plain import PlainDecoder
 from modegpt.layered import resident
 from modegpt.methods import ModeGPT
+from modegpt.origin import model_identity
 from modegpt.results import Choice
 from modegpt.sources import ModelSource
 
@@ -74,6 +75,12 @@ def test_dequantised_model_is_an_ordinary_one(dense: PreTrainedModel, tmp_path: 
     ids = torch.arange(100)[None]
     with torch.no_grad():
         assert torch.equal(ModelSource(str(tmp_path)).model()(ids).logits, dense(ids).logits)
+
+
+def test_a_profile_knows_the_model_of_a_gguf_file(source: ModelSource, dense: PreTrainedModel) -> None:
+    """Whose config says in which dtype it was read, once it was."""
+    assert dense.config.dtype != source.config().dtype
+    assert model_identity(dense.config, "w") == model_identity(source.config(), "w")
 
 
 def test_the_ratio_is_met_and_the_model_still_predicts(

@@ -49,7 +49,7 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
         allowed = (wanted - _INDEX_BYTES * pairs) // item
     # Ranks are whole numbers, and the budget is met within half a step of the finest module.
     chosen = [layers[index].modules[name] for index in config.chosen_layers(len(layers)) for name in config.modules]
-    finest = min(module.largest_unit * module.step(config.alignment) for module in chosen)
+    finest = min(filter(None, (module.largest_step(config.alignment) for module in chosen)), default=0)
     ratio = (everything - allowed + finest / 2) / blocks
     if not 0 < ratio < 1:
         problem = "the model has that already" if ratio <= 0 else "embeddings, head and norms alone take more"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, ClassVar, Literal, TypedDict, cast
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -40,6 +40,8 @@ class ModuleGeometry:
     channels: int = 1
     multiple: int = 1
     """Of channels: what kernels demand of a rank, unless it is full."""
+    apart: ClassVar[bool] = False
+    """Whether the first step below ``full`` loses more than its parameters are worth."""
 
     @property
     def parameters(self) -> int:
@@ -50,10 +52,9 @@ class ModuleGeometry:
         """Parameters at ``rank`` units."""
         return rank * self.unit_parameters
 
-    @property
-    def largest_unit(self) -> int:
-        """What one more unit adds at most."""
-        return self.unit_parameters
+    def largest_step(self, align: int) -> int:
+        """What the next allowed rank has more at most; 0 where there is none."""
+        return self.unit_parameters * self.step(align)
 
     def step(self, align: int) -> int:
         """The units between two allowed ranks."""
@@ -267,8 +268,9 @@ def ranks_from_sparsity(
 
 def from_finest(layer: LayerGeometry, modules: Iterable[Module], align: int) -> list[Module]:
     """The modules, from that whose steps are smallest, hence best at meeting a budget."""
-    shapes = layer.modules
-    return sorted(modules, key=lambda module: shapes[module].unit_parameters * shapes[module].step(align))
+    shapes, every = layer.modules, list(modules)
+    some = [module for module in every if shapes[module].parameters] or every  # of some a method takes nothing
+    return sorted(some, key=lambda module: shapes[module].unit_parameters * shapes[module].step(align))
 
 
 def kept_parameters(layers: Sequence[LayerGeometry], ranks: Sequence[LayerRanks]) -> int:

@@ -190,9 +190,12 @@ class CompressionConfig(BaseModel):
         if isinstance(value, str):
             number, percent = value.strip().removesuffix("%"), value.strip().endswith("%")
             try:
-                return float(number) / (100 if percent else 1)
+                share = float(number) / (100 if percent else 1)
             except ValueError:
                 raise ValueError("give a share such as 10% or 0.1") from None
+            if 1 < share < math.inf and not percent:
+                raise ValueError(f"is that {number}% or {100 * share:g}%? Give it with the sign")
+            return share
         return value
 
     @model_validator(mode="after")

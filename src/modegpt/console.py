@@ -142,9 +142,10 @@ def export_line(facts: ExportFacts) -> str:
     if plain is None:
         return line
     narrow, wide = (f"{width:,}" for width in (min(plain.widths), max(plain.widths)))
+    widths = wide if narrow == wide or facts.alike else f"{narrow} to {wide}"
     return (
         f"{line} as {facts.exported:,} ({facts.exported / facts.parameters - 1:+.1%}), heads of {plain.head} channels, "
-        f"MLPs of {narrow if narrow == wide else f'{narrow} to {wide}'}, the same model up to {plain.context:,} tokens"
+        f"MLPs of {widths}, the same model up to {plain.context:,} tokens"
     )
 
 

@@ -103,6 +103,8 @@ def plot(curve: Curve, path: Path) -> None:
     axes.invert_xaxis()
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
+    if path.is_dir():
+        raise InvalidRequest(f"--plot {str(path)!r} is a directory; name a file such as curve.png")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -157,13 +157,23 @@ def _down(
         kept[index][module] = rank
         if last:
             break
-    for index, layer in enumerate(layers):  # less than half a step of the last module is left
-        finest, *_ = from_finest(layer, modules, align)
-        shape, before = layer.modules[finest], kept[index][finest]
+    for index, module in _takers(layers, modules, kept, align):  # less than half a step of the last module is left
+        shape, before = layers[index].modules[module], kept[index][module]
         rank = shape.nearest(before - wanted / shape.unit_parameters, align)
         wanted -= shape.parameters_at(before) - shape.parameters_at(rank)
-        kept[index][finest] = rank
+        kept[index][module] = rank
     return [ranks_of(ranks) for ranks in kept]
+
+
+def _takers(
+    layers: Sequence[LayerGeometry], modules: Sequence[Module], kept: Sequence[Mapping[Module, int]], align: int
+) -> list[tuple[int, Module]]:
+    """What takes up the rest of a budget, in order: every layer's finest module; last those that are apart and whole."""
+    orders = [from_finest(layer, modules, align) for layer in layers]
+    if not any(shape.apart for layer in layers for shape in layer.modules.values()):
+        return [(index, order[0]) for index, order in enumerate(orders)]
+    every = [(index, module) for index, order in enumerate(orders) for module in order]
+    return sorted(every, key=lambda place: kept[place[0]][place[1]] == layers[place[0]].modules[place[1]].full)
 
 
 def _descent(shape: ModuleGeometry, losses: torch.Tensor, align: int) -> list[tuple[float, int]]:

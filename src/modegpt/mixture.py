@@ -225,8 +225,11 @@ def _weighted(part: str, option: str) -> tuple[str, float]:
         return part, 1.0
     try:
         weight = float(number)
-    except ValueError:  # C:\text.txt
-        return part, 1.0
+    except ValueError:
+        if name in (SELF, *MIXTURES, *HUB_DATASETS) or os.path.isfile(name):
+            weight = math.nan
+        else:  # C:\text.txt
+            return part, 1.0
     if not (weight > 0 and math.isfinite(weight)):
         raise InvalidRequest(f"{option} {part!r}: a share must be a positive number, such as {name}:0.5")
     return name, weight

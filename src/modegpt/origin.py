@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -88,7 +89,8 @@ class Origin(BaseModel):
         changes |= {"statistics": "dense"}
         changes |= {} if "allocation" in config.model_fields_set else {"allocation": "sensitivity"}
         changes |= {"evaluate": "none"} if config.evaluate == "held-out" else {}
-        return config.model_copy(update=changes)
+        given = {name: getattr(config, name) for name in config.model_fields_set}
+        return type(config).validated(**given | changes)  # what was settled is checked with what was asked for
 
     def check(self, identity: Mapping[str, str]) -> None:
         """Refuse another model than the one that was profiled."""
@@ -104,8 +106,13 @@ def _words(value: object) -> str:
 
 
 def model_identity(config: PreTrainedConfig, weights: str) -> dict[str, str]:
-    """What tells a model from others: the hash of its config, and a fingerprint of its ``weights``."""
-    return {"config": sha256(config.to_json_string().encode()).hexdigest(), "weights": weights}
+    """What tells a model from others: the hash of its config, and a fingerprint of its ``weights``.
+
+    The dtype is not part of it: it is written into the config when the weights are loaded, in whichever one.
+    """
+    facts = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "transformers_version")}
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return {"config": sha256(text.encode()).hexdigest(), "weights": weights}
 
 
 def profile_hash(directory: Path) -> str:

@@ -33,6 +33,8 @@ class ExportFacts:
     """With the zeros that the format asks for."""
     plain: PlainShape | None = None
     """What its layers have become, where they had to become alike."""
+    alike: bool = False
+    """Whether all MLPs have become as wide as the widest."""
 
 
 def export(
@@ -82,7 +84,7 @@ def export(
         with _directory(output) as staging:
             stock.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-        return ExportFacts(own, sum(parameter.numel() for parameter in stock.parameters()), plain.shape)
+        return ExportFacts(own, sum(parameter.numel() for parameter in stock.parameters()), plain.shape, alike=True)
 
 
 def _check(output: Path, target: str, kind: str) -> None:

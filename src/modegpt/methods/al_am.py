@@ -72,9 +72,10 @@ def _lowest(
         for score in all_of_them.sort().values[:-1].tolist()
     )
     gone: list[dict[Module, int]] = [dict.fromkeys(layer, 0) for layer in scores]
+    finest = min(geometry[index].modules[module].unit_parameters for _, index, module in units)
     for _, index, module in units:
         size = geometry[index].modules[module].unit_parameters
-        if wanted >= size / 2:
+        if wanted >= (size if size > finest else size / 2):  # a coarser one that is too much leaves it to others
             gone[index][module] += 1
             wanted -= size
     return gone

@@ -66,6 +66,7 @@ class Stack:
 class FactorGeometry(ModuleGeometry):
     """A module of stacks: at ``full`` they are whole, below that factors with their share of the break-even rank."""
 
+    apart: ClassVar[bool] = True  # at once all directions beyond the break-even rank are gone
     stacks: tuple[Stack, ...] = ()
     align: int = 1
 
@@ -92,10 +93,10 @@ class FactorGeometry(ModuleGeometry):
             for stack, own in zip(self.stacks, self.ranks(rank), strict=True)
         )
 
-    @property
-    def largest_unit(self) -> int:
-        """What one more unit adds at most: its maps' ranks are rounded."""
-        counts = [self.parameters_at(rank) for rank in range(1, self.full + 1)]
+    def largest_step(self, align: int) -> int:
+        """What the next allowed rank has more at most: its maps' ranks are rounded."""
+        step = self.step(align)
+        counts = [self.parameters_at(rank) for rank in [*range(step, self.full, step), self.full]]
         return max((after - before for before, after in pairwise(counts)), default=0)
 
 

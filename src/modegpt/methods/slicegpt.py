@@ -47,11 +47,6 @@ class StreamGeometry(ModuleGeometry):
         out = self.full if self.last else rank
         return rank * (self.read + self.between + rank) + out * (self.leaving + rank)
 
-    @property
-    def largest_unit(self) -> int:
-        """What the last direction adds."""
-        return self.parameters - self.parameters_at(self.full - 1)
-
 
 class SliceGPT(Method, OwnAllocation):
     """x -> x Q_w: between any two parts the stream keeps the w directions of largest energy.
