@@ -272,7 +272,9 @@ def relative_losses(rows: Sequence[Row], ratios: Sequence[float], name: str) -> 
     comparable = [row for row in rows if row["ratio"] in best]
     if not comparable:
         return ""
-    text = "\nln(perplexity / dense perplexity) over that of the best row of modegpt at the same ratio.\n\n"
+    kinds = {described(row) for row in papers}
+    base = "the best row of modegpt" if len(kinds) > 1 else f"modegpt ({', '.join(filter(None, kinds.pop()[1:]))})"
+    text = f"\nln(perplexity / dense perplexity) over that of {base} at the same ratio.\n\n"
     return text + pivot(comparable, ratios, lambda row: f"{loss(row) / best[row['ratio']]:.2f}")
 
 

@@ -168,7 +168,7 @@ def _down(
 def _takers(
     layers: Sequence[LayerGeometry], modules: Sequence[Module], kept: Sequence[Mapping[Module, int]], align: int
 ) -> list[tuple[int, Module]]:
-    """What takes up the rest of a budget, in order: every layer's finest module; last those that are apart and whole."""
+    """What takes up the rest of a budget, in order: every layer's finest module; last what is whole and apart."""
     orders = [from_finest(layer, modules, align) for layer in layers]
     if not any(shape.apart for layer in layers for shape in layer.modules.values()):
         return [(index, order[0]) for index, order in enumerate(orders)]
