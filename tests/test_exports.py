@@ -273,6 +273,13 @@ def test_weights_that_a_type_cannot_hold_are_refused(checkpoint_copy: Path, tmp_
     assert outcome.code == 0, outcome.err
 
 
+def test_a_file_of_several_widths_is_for_llama_cpp_alone(small: Path, tmp_path: Path) -> None:
+    assert run_cli("export", small, "-o", tmp_path / "x.gguf", "--format", "gguf").code == 0
+    outcome = run_cli("generate", tmp_path / "x.gguf", "The")
+    assert (outcome.code, outcome.err.count("\n"), "pip install" in outcome.err) == (2, 1, False)
+    assert "reads no GGUF file of its architecture; give safetensors" in outcome.err
+
+
 def test_nothing_is_overwritten(small: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     for name, words in (("mine", "is there already"), ("mine/x.gguf", "is a file")):

@@ -463,3 +463,17 @@ def test_crafted_facts_are_refused(
     (tmp_path / "crafted" / "compression.json").write_text(json.dumps(facts))
     outcome = run_cli("report", tmp_path / "crafted", "-o", tmp_path / "r.html")
     assert (outcome.code, outcome.err.count("\n"), words in outcome.err) == (2, 1, True), outcome.err
+
+
+def test_a_pushed_checkpoint_is_opened_by_its_name_on_the_hub(made: Path, tmp_path: Path) -> None:
+    """Which needs no code of it: here from the hub's cache, as it lies there once fetched."""
+    folder = tmp_path / "hub" / "models--me--greedy"
+    shutil.copytree(made / "greedy", folder / "snapshots" / "0123")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "modegpt", "generate", "me/greedy", "the model", "--max-new-tokens", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    command[4] = str(made / "greedy")
+    assert done.stdout == subprocess.run(command, env=environment, capture_output=True, check=True).stdout

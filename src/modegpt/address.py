@@ -25,5 +25,5 @@ def open_model(
     config, tokenizer = source.config(), source.tokenizer()
     check_vocabulary(tokenizer, config)
     if is_compressed(config.model_type):
-        return tokenizer, config, lambda: load(address, dtype=dtype, device=device)
+        return tokenizer, config, lambda: load(source.directory(), dtype=dtype, device=device)
     return tokenizer, config, lambda: source.model(cast(Dtype, dtype), device)

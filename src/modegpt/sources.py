@@ -129,6 +129,10 @@ class ModelSource:
             return fingerprint([Path(self.address)])
         return self._read(lambda *_, **__: fingerprint(SafetensorsDirectory(self._directory()).files), "weights")
 
+    def directory(self) -> Path:
+        """Where the checkpoint is on this machine; a hub model's weights are fetched first."""
+        return self._read(lambda *_, **__: self._directory(), "weights")
+
     def _streamed(self, config: PreTrainedConfig, dtype: Dtype, device: torch.device) -> LayeredModel:
         model = empty_model(config, self.trust_remote_code)
         stored = self.stored(model.state_dict(), config)
@@ -190,6 +194,10 @@ class ModelSource:
             return reader(self.address, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # readers raise whatever their file format makes them stumble over
             message = " ".join(str(error).split())
+            if self.is_gguf and "architecture" in message:  # it advises newer versions, which do not have it either
+                message = (
+                    "Transformers reads no GGUF file of its architecture; give safetensors, from which it was made"
+                )
             where = "" if Path(self.address).exists() else "no such directory here, and from the hub "
             raise InvalidRequest(f"MODEL {self.address!r}: {where}its {what} cannot be read: {message}") from error
 
