@@ -243,8 +243,8 @@ def _quality(evaluation: Evaluation) -> Section:
     tables = []
     if first.texts:
         rows = [
-            [text, *(f"{one.texts[text].perplexity:.2f}" if text in one.texts else "" for one in evaluation.models)]
-            for text in first.texts
+            [name, *(f"{one.texts[text].perplexity:.2f}" if text in one.texts else "" for one in evaluation.models)]
+            for name, text in zip(_distinct([Path(text).name for text in first.texts]), first.texts, strict=True)
         ]
         tables.append(Table(["Perplexity", *names], rows))
     if first.tasks:
