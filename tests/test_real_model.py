@@ -77,10 +77,12 @@ def test_dequantised_model_is_an_ordinary_one(dense: PreTrainedModel, tmp_path: 
         assert torch.equal(ModelSource(str(tmp_path)).model()(ids).logits, dense(ids).logits)
 
 
-def test_a_profile_knows_the_model_of_a_gguf_file(source: ModelSource, dense: PreTrainedModel) -> None:
+def test_a_profile_knows_the_model_of_a_gguf_file(source: ModelSource) -> None:
     """Whose config says in which dtype it was read, once it was."""
-    assert dense.config.dtype != source.config().dtype
-    assert model_identity(dense.config, "w") == model_identity(source.config(), "w")
+    config = source.config()
+    source.streamed(config)
+    assert config.dtype != source.config().dtype
+    assert model_identity(config, "w") == model_identity(source.config(), "w")
 
 
 def test_the_ratio_is_met_and_the_model_still_predicts(

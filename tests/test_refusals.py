@@ -234,7 +234,7 @@ def test_the_calibration_text_is_no_evaluation_text(refuse_options: Refuse, text
         ("self:nan", "a share must be a positive number"),
         ("{text},self,wikitext3", "--calibration 'wikitext3': no such file; use one of wikitext2, "),
         ("{text},", "--calibration '': no such file"),
-        ("{text},self:half", "--calibration 'self:half': no such file"),
+        ("{text},self:half", "--calibration 'self:half': a share must be a positive number, such as self:0.5"),
         ("self:0.2,{text},self:0.3", "self is named twice; give each source once"),
         ("{text},{link}", "link.txt is named twice"),
         ("mix,c4", "c4 is named twice"),
