@@ -73,6 +73,7 @@ def test_what_a_mixture_changes_is_quoted_from_the_results() -> None:
         ("memory", 0, "README.md"),
         ("quantised", 0, "README.md"),
         ("tasks", 0, "README.md"),
+        ("throughput", 1, "README.md"),
         ("profiles", 0, "docs/engines.md"),
         ("gains", 0, "docs/mathematics.md"),
     ],
