@@ -300,6 +300,8 @@ def test_the_curve_begins_with_the_dense_model_and_rises(profile: Path, tiny_che
     outcome = run_cli("curve", profile, "--plot", tmp_path / "curve.svg")
     assert outcome.code == 0
     assert len(re.findall("knee", outcome.out)) == 1
+    assert re.fullmatch(r"calibrated on 256 tokens of \S*calibration\.txt, measured on [\d,]+ others", found.text)
+    assert "".join(found.text.split()) in "".join(outcome.out.split())
     assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
     assert "--plot" in run_cli("curve", profile, "--plot", tmp_path / "curve.mp3").err
 

@@ -185,7 +185,7 @@ def profile(**arguments: Any) -> None:
     quiet = arguments.pop("quiet")
     _carry_out(profile_to_directory, _run_config(arguments, ProfileConfig), quiet)
     if not quiet and first_process():
-        say(Console(), f"Profile: {arguments['output']}")
+        say(Console(), f"Profile: {arguments['output']}; modegpt curve {arguments['output']} shows what it predicts")
 
 
 _with_options_of_compress(

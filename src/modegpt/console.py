@@ -249,7 +249,8 @@ def experts_lines(report: CompressionReport) -> list[str]:
 
 def curve_table(curve: Curve) -> Table:
     """Predicted perplexity against size."""
-    table = Table(title=f"Predicted for {escape(curve.source)}", title_justify="left", box=SIMPLE_HEAD)
+    title, caption = f"Predicted for {escape(curve.source)}", escape(f"By a profile {curve.text}.")
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
     for column in ("removed of the blocks", "parameters", "perplexity", "against dense", ""):
         table.add_column(column, justify="right")
     for index, point in enumerate(curve.points):

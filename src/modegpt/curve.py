@@ -41,6 +41,8 @@ class Curve:
     source: str
     points: list[Point]
     knee: int
+    text: str
+    """What calibrated, and what the divergences and the dense model's perplexity were measured on."""
 
 
 def predicted_curve(directory: Path, align: int = 1) -> Curve:
@@ -77,7 +79,9 @@ def predicted_curve(directory: Path, align: int = 1) -> Curve:
             break
         parameters = everything - blocks + kept_parameters(layers, ranks)
         points.append(Point(ratio, parameters, profile.perplexity * math.exp(cost)))
-    return Curve(origin.source, points, knee([math.log(point.perplexity) for point in points]))
+    text = f"calibrated on {origin.calibration.tokens:,} tokens of {origin.calibration.source}, measured on "
+    text += "the first of these" if origin.probe is None else f"{origin.probe.tokens:,} others"
+    return Curve(origin.source, points, knee([math.log(point.perplexity) for point in points]), text)
 
 
 def knee(heights: list[float]) -> int:
