@@ -74,6 +74,7 @@ def test_what_a_mixture_changes_is_quoted_from_the_results() -> None:
         ("quantised", 0, "README.md"),
         ("tasks", 0, "README.md"),
         ("throughput", 1, "README.md"),
+        ("crossed", 0, "docs/calibration.md"),
         ("profiles", 0, "docs/engines.md"),
         ("gains", 0, "docs/mathematics.md"),
     ],
