@@ -202,8 +202,8 @@ def measure(
             try:
                 models.append(open_it().eval())
             except torch.OutOfMemoryError as error:
-                problem = str(error).partition(". GPU")[0]
-                raise InvalidRequest(f"the models do not fit together: {problem}; measure fewer at once") from error
+                why = f"the models do not fit together: {_too_much(error)}; measure fewer at once"
+                raise InvalidRequest(why) from error
             progress.advance()
     arithmetic = [macs_per_token(model, load.sequence_length) for model in models]
     with _compiled(models) if compiled else nullcontext():
@@ -248,18 +248,22 @@ def _timings(
         try:
             alone = max(_memory(model, _prompts(configs, 1, load.sequence_length), load)[1] for model in models)
         except (MemoryError, torch.OutOfMemoryError) as error:
-            problem = str(error).partition(". GPU")[0]
-            raise InvalidRequest(f"one sequence of {load.positions} tokens does not fit: {problem}") from error
+            raise InvalidRequest(f"one sequence of {load.positions} tokens does not fit: {_too_much(error)}") from error
         for batch_size in load.batch_sizes:
             progress.detail(f"batches of {batch_size}")
             try:
                 _check_memory(batch_size * alone, models[0].device)
                 found.append(_in_turn(models, _prompts(configs, batch_size, load.sequence_length), load, progress))
             except (MemoryError, torch.OutOfMemoryError) as error:
-                progress.note(f"Batches of {batch_size} are left out: {str(error).partition('. GPU')[0]}")
+                progress.note(f"Batches of {batch_size} are left out: {_too_much(error)}")
     if not found:
         raise InvalidRequest(f"--batch-sizes {','.join(map(str, load.batch_sizes))}: none fits in memory; use less")
     return [list(timings) for timings in zip(*found, strict=True)]
+
+
+def _too_much(error: Exception) -> str:
+    """What was asked for, without what PyTorch then says of the GPU."""
+    return str(error).partition(". GPU")[0]
 
 
 def _check_memory(needed: int, device: torch.device) -> None:
