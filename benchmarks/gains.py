@@ -3,8 +3,8 @@ r"""What each choice of the greedy method brings, one at a time and together.
     python benchmarks/gains.py --train TRAIN.txt.gz --test TEST.txt.gz --texts ptb=PTB_TEST.txt.gz
 
 Every row takes the solvers of the module types that it names from ``greedy`` and the others from ``modegpt``, the
-paper's method, and with ``inputs`` the second fit of the MLP's inputs; one row has the greedy solvers with the ridge of
-the others. Texts, windows and model are
+paper's method, and with ``second fit`` also the maps that are fitted once more where the rank is known; one row has the
+greedy solvers with the ridge of the others. Texts, windows and model are
 those of ``quality.py``. The loss is ln(perplexity / dense perplexity). Writes ``results/gains.json`` and
 ``results/gains.md``; started again after an interruption, it goes on with the rows that are missing.
 """
@@ -28,16 +28,17 @@ from modegpt.methods.base import Solver
 from results_file import RESULTS, header, table, write
 
 SOLVERS: dict[str, Module] = {"Type I": "mlp", "Type II": "qk", "Type III": "vo"}
-INPUTS = "inputs"
-THREE, ALL = tuple(SOLVERS), (*SOLVERS, INPUTS)
+FINISH = "second fit"
+THREE, ALL = tuple(SOLVERS), (*SOLVERS, FINISH)
 PAPERS, OWN = ModeGPT.default_ridge, Greedy.default_ridge
 #: What is ours and with which ridge, the allocation and its temperature.
 STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     ((), PAPERS, "uniform", "auto"),
     (("Type I",), OWN, "uniform", "auto"),
-    (("Type I", INPUTS), OWN, "uniform", "auto"),
+    (("Type I", FINISH), OWN, "uniform", "auto"),
     (("Type II",), OWN, "uniform", "auto"),
     (("Type III",), OWN, "uniform", "auto"),
+    (("Type III", FINISH), OWN, "uniform", "auto"),
     (ALL, OWN, "uniform", "auto"),
     ((), PAPERS, "block-influence", 0.03),
     (ALL, OWN, "block-influence", 0.03),
@@ -55,19 +56,21 @@ class Mixed(ModeGPT):
 
     def __init__(self, ours: Sequence[str], ridge: float) -> None:
         super().__init__(self.default_ridge)
-        greedy = dict(Greedy(ridge).solvers())
-        if INPUTS not in ours:
-            mlp = greedy["mlp"]
-            greedy["mlp"] = lambda weights, statistics: replace(mlp(weights, statistics), finish=None)
-        self._solvers = {
-            **super().solvers(),
-            **{SOLVERS[kind]: greedy[SOLVERS[kind]] for kind in ours if kind != INPUTS},
-        }
+        greedy: Mapping[Module, Solver] = Greedy(ridge).solvers()
+        if FINISH not in ours:
+            greedy = {module: unfinished(solver) for module, solver in greedy.items()}
+        own = {module: greedy[module] for kind, module in SOLVERS.items() if kind in ours}
+        self._solvers = {**super().solvers(), **own}
         self.statistics = ModeGPT.statistics | Greedy.statistics if ours else ModeGPT.statistics
 
     def solvers(self) -> Mapping[Module, Solver]:
         """Those chosen."""
         return self._solvers
+
+
+def unfinished(solver: Solver) -> Solver:
+    """The same without second fits."""
+    return lambda weights, statistics: replace(solver(weights, statistics), finish=None)
 
 
 def main() -> None:
@@ -117,6 +120,12 @@ def main() -> None:
             write(results, arguments.output, text_of(results))
 
 
+def place(row: Mapping[str, Any]) -> int:
+    """Where among the ``STEPS`` a row belongs, whenever it was measured; last where it is of none."""
+    step = (tuple(row["ours"]), row["ridge"], row["allocation"], row["temperature"])
+    return STEPS.index(step) if step in STEPS else len(STEPS)
+
+
 def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier run, if it was the same but for its ratios."""
     if not path.is_file():
@@ -129,7 +138,7 @@ def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def text_of(results: dict[str, Any]) -> str:
     """The tables, one for each ratio."""
-    dense, rows = results["dense"], results["rows"]
+    dense, rows = results["dense"], sorted(results["rows"], key=place)
     text = f"ln(perplexity / dense perplexity), calibrated on {results['calibration']['source']}. Dense perplexity: "
     text += ", ".join(f"{name} {value:.2f}" for name, value in dense.items()) + ".\n"
     for ratio in sorted({row["ratio"] for row in rows}):

@@ -47,7 +47,7 @@ from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.results import Choice
 from modegpt.runner import LayerRunner
 from modegpt.sources import ModelSource
-from modegpt.statistics import LayerStatistics, Statistic, StatisticsCollector, gates_of, observable
+from modegpt.statistics import LayerStatistics, Statistic, StatisticsCollector, observable, through_mlp
 
 #: Differences in float64 arithmetic, relative to the largest value: far above rounding, far below any mistake.
 ROUNDING = 1e-12
@@ -544,6 +544,7 @@ def attention_sums(
         "head_outputs": grams(put_out),
         "head_outputs_moments": moments(put_out),
         "logits": torch.stack(logits),
+        "value": grams(torch.stack([x @ part.weight.T for part in heads.value])),
     }
 
 
@@ -637,7 +638,7 @@ def test_statistics_equal_plain_loops(name: str, padding: str, attention: str | 
 
 @pytest.mark.usefixtures("all_in_float64")
 @rows()
-def test_gates_are_the_activated_gate_map_s(name: str) -> None:
+def test_rows_through_the_mlp_are_what_its_maps_make_of_them(name: str) -> None:
     model = double(dense(name))
     for layer in layers_of(model):
         mlps = mlps_of(model, layer)
@@ -645,8 +646,12 @@ def test_gates_are_the_activated_gate_map_s(name: str) -> None:
         assert is_gated(layer, resident(model).family.description) == gated
         if gated:
             x = torch.randn(7, model.config.hidden_size, dtype=torch.float64)
-            expected = mlps[0].activation(mlps[0].inputs[0](x))
-            assert deviation(gates_of(layer, resident(model).family.description, x), expected) < ROUNDING
+            kept = torch.arange(1, mlps[0].count, 2)
+            gates, channels, outputs = through_mlp(layer, resident(model).family.description, x, kept)
+            expected, whole = mlps[0].activation(mlps[0].inputs[0](x)), mlps[0](x)
+            assert deviation(gates, expected[:, kept]) < ROUNDING
+            assert deviation(channels, whole[:, kept]) < ROUNDING
+            assert deviation(outputs, whole @ mlps[0].output.T) < ROUNDING
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -23,8 +24,17 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 import modegpt
 from helpers import mixed, randn, tiny_llama
 from modegpt.config import RunConfig
-from modegpt.costs import Sizes, factor_flops, forward_flops, gram_flops, layer_parameters
+from modegpt.costs import (
+    Sizes,
+    alternation_flops,
+    factor_flops,
+    forward_flops,
+    gated_fit_flops,
+    gram_flops,
+    layer_parameters,
+)
 from modegpt.data import TokenWindows
+from modegpt.decompositions import alternating_fit, gated, group_bases, mean_blocks, regularised, values
 from modegpt.engine import Engine
 from modegpt.errors import InvalidRequest
 from modegpt.families import family_of
@@ -34,7 +44,7 @@ from modegpt.logits import attended, logit_features
 from modegpt.methods import OBC, SVD, SVDLLM, Greedy, ModeGPT, Solution
 from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.sources import ModelSource, empty_model
-from modegpt.statistics import GramSum, LayerStatistics, gates_of
+from modegpt.statistics import GramSum, LayerStatistics, through_mlp
 from modegpt.stored import INDEX_FILE, WEIGHTS_FILE, SafetensorsDirectory
 from modegpt.weights import read_mlp
 
@@ -495,16 +505,32 @@ def test_costs_of_the_second_fit_are_about_the_counted_operations() -> None:
     model = tiny_llama(hidden_size=64, intermediate_size=192)
     layer, family = model.model.layers[0], family_of(model).description
     weights, rows = read_mlp(layer, family), mixed(800, 64).float() / 50
-    statistics = LayerStatistics({}, rows=rows, gates=partial(gates_of, layer, family, rows))
     kept = torch.arange(128)
+    _, z, _ = through_mlp(layer, family, rows, torch.arange(192))
+    passed = partial(through_mlp, layer, family, rows)
+    statistics = LayerStatistics({"mlp": (z.T @ z).double()}, rows=rows, passed=passed)
     solution = Solution(weights.select(kept, weights.output[kept]), 1.0, 1.0, kept)
+    profile = torch.ones(192, dtype=torch.float64)
+    for most in (4096, 100):  # rows of the curvature
+        with patch.object(gated, "CURVATURE_ROWS", most), FlopCounterMode(display=False) as counter:
+            finished = Greedy(1e-2).finished_mlp(solution, statistics, profile)
+            # The counter does not see factorisations and solves.
+            hidden = 2 * 128**2 * 64 + (64**3 + 2 * 128**3) / 3 + gated.STEPS * 4 * 64 * 128 * (64 + 128)
+            expected = gated_fit_flops(sizes, 800, 2 / 3) - hidden
+        assert finished.error < 1
+        assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)
+    assert gated_fit_flops(replace(sizes, gates=1), 800, 2 / 3) == 0
+
+
+def test_costs_of_values_and_outputs_in_turn_are_about_the_counted_operations() -> None:
+    sizes, rank = Sizes(layers=1, hidden=40, intermediate=1, heads=6, groups=2, head=16, gates=2), 12
+    matrix = mixed(400, 96)
+    matrix, output = regularised(matrix.T @ matrix, 1e-2), randn(2, 3, 16, 40, seed=1)
+    basis = group_bases(mean_blocks(matrix, output), output)[..., :rank]
     with FlopCounterMode(display=False) as counter:
-        finished = Greedy(1e-2).finished(solution, weights, statistics)
-    assert finished.error < 1
-    # The counter does not see factorisations and solves, and how many steps are taken depends on the rows.
-    expected = Greedy(1e-2).finish_flops(sizes, 800, 2 / 3)
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.3)
-    assert Greedy(1e-2).finish_flops(replace(sizes, gates=1), 800, 2 / 3) == 0
+        alternating_fit(matrix, output, basis)
+    hidden = (1 + values.ROUNDS) * (72**3 / 3 + 2 * 72**2 * 40)
+    assert counter.get_total_flops() == pytest.approx(alternation_flops(sizes, rank / 16) - hidden, rel=0.1)
 
 
 def _of_product(_: Any, left: tuple[int, int], right: tuple[int, int], **__: Any) -> int:
@@ -532,7 +558,7 @@ def test_costs_of_the_greedy_methods_statistics_are_the_counted_operations() -> 
     sizes, window = Sizes(layers=1, hidden=32, intermediate=48, heads=4, groups=2, head=8, gates=2), 200
     counter = FlopCounterMode(display=False)
     with counter:
-        for shape in ((window, 32), (window, 48), (4, window, 8), (2, window, 8)):
+        for shape in ((window, 32), (window, 48), (4, window, 8), (2, window, 8), (2, window, 8)):
             GramSum().add(torch.ones(shape))
         query, key = torch.ones(1, 4, window, 8), torch.ones(1, 2, window, 8)
         for _, attention in attended(query, key, None, real=None, scaling=1.0, softcap=None):

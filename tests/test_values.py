@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from modegpt.decompositions import energy_bases, group_bases, regularised, svd_decomposition, value_ladder
+from modegpt.decompositions import (
+    alternating_fit,
+    energy_bases,
+    group_bases,
+    mean_blocks,
+    regularised,
+    svd_decomposition,
+    value_ladder,
+    values,
+)
 from modegpt.methods import Greedy
 from modegpt.statistics import LayerStatistics
 from modegpt.weights import ValueOutputWeights
@@ -25,6 +35,14 @@ def problem(seed: int, *, per_group: int = HEADS) -> tuple[torch.Tensor, torch.T
     return regularised(outputs.T @ outputs, 1e-6), output
 
 
+def joint(matrix: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return group_bases(mean_blocks(matrix, output), output)
+
+
+def by_energy(matrix: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return energy_bases(mean_blocks(matrix, output))
+
+
 def least_error(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor) -> float:
     """The least J for given bases (G, h, k) by a solver that knows nothing of heads."""
     per_group = output.shape[1]
@@ -34,7 +52,7 @@ def least_error(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor)
     return float((root @ (blocks @ fit - flat)).square().sum())
 
 
-@pytest.mark.parametrize("bases", [group_bases, energy_bases])
+@pytest.mark.parametrize("bases", [joint, by_energy])
 def test_errors_and_maps_of_every_rank_are_the_least_squares_ones(bases: Any) -> None:
     matrix, output = problem(0)
     ladder = value_ladder(matrix, output, bases(matrix, output))
@@ -54,7 +72,7 @@ def test_one_head_is_the_papers_optimum() -> None:
     value = torch.randn(1, 15, H, generator=draw, dtype=torch.float64)
     output = torch.randn(1, 1, H, D, generator=draw, dtype=torch.float64)
     matrix = value[0].T @ inputs.T @ inputs @ value[0]
-    ladder = value_ladder(matrix, output, group_bases(matrix, output))
+    ladder = value_ladder(matrix, output, joint(matrix, output))
     for rank in range(1, H):
         paper = svd_decomposition(inputs.T @ inputs, value, output, rank)
         assert float(ladder.errors[rank]) == pytest.approx(paper.error, rel=1e-8)
@@ -71,13 +89,67 @@ def test_heads_that_agree_get_the_joint_optimum() -> None:
             float(torch.linalg.svdvals(root @ output[group].transpose(0, 1).flatten(1))[rank:].square().sum())
             for group in range(G)
         )
-        errors = value_ladder(matrix, output, group_bases(matrix, output)).errors
+        errors = value_ladder(matrix, output, joint(matrix, output)).errors
         assert float(errors[rank]) == pytest.approx(tail, rel=1e-8)
+
+
+def loss_of(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
+    change = (output - basis.unsqueeze(1) @ fitted).flatten(0, 2)
+    return (change * (matrix @ change)).sum()
+
+
+@pytest.mark.parametrize("rank", range(1, H))
+def test_bases_and_maps_in_turn_have_the_stated_error_which_falls(rank: int) -> None:
+    for seed in range(5):
+        matrix, output = problem(seed)
+        start = joint(matrix, output)
+        before = float(value_ladder(matrix, output, start).errors[rank])
+        basis, fitted, error = alternating_fit(matrix, output, start[..., :rank])
+        assert error < before
+        assert float(loss_of(matrix, output, basis, fitted)) == pytest.approx(error, rel=1e-7)
+        assert least_error(matrix, output, basis) == pytest.approx(error, rel=1e-7)
+
+
+def test_many_rounds_end_where_neither_can_do_better() -> None:
+    matrix, output = problem(0)
+    with patch.object(values, "ROUNDS", 2000):
+        basis, fitted, error = alternating_fit(matrix, output, joint(matrix, output)[..., :3])
+    basis.requires_grad_(), fitted.requires_grad_()
+    slopes = torch.autograd.grad(loss_of(matrix, output, basis, fitted), (basis, fitted))
+    for slope, x in zip(slopes, (basis, fitted), strict=True):
+        assert float(slope.norm() * x.detach().norm()) < 1e-3 * error
+
+
+@pytest.mark.parametrize("rank", range(1, H))
+def test_where_the_joint_svd_is_the_optimum_nothing_changes(rank: int) -> None:
+    matrix, output = problem(2)
+    alike = torch.block_diag(*[matrix[:H, :H]] * (G * HEADS))
+    errors = value_ladder(alike, output, joint(alike, output)).errors
+    _, _, error = alternating_fit(alike, output, joint(alike, output)[..., :rank])
+    assert error == pytest.approx(float(errors[rank]), rel=1e-8)
+
+
+@pytest.mark.parametrize("what", ["nothing put out", "one silent head", "narrow"])
+def test_degenerate_heads_stay_finite_in_turn(what: str) -> None:
+    matrix, output = problem(0)
+    if what == "narrow":  # fewer output channels than values: W_o' has less than full rank
+        output = output[..., :2]
+    elif what == "one silent head":
+        output = output.clone()
+        output[0, 0] = 0
+    else:
+        output = torch.zeros_like(output)
+    basis, fitted, error = alternating_fit(matrix, output, joint(matrix, output)[..., :4])
+    assert basis.isfinite().all()
+    assert fitted.isfinite().all()
+    assert 0 <= error <= float(value_ladder(matrix, output, joint(matrix, output)).errors[4]) * (1 + 1e-9) + 1e-12
 
 
 def values_of(matrix: torch.Tensor, output: torch.Tensor, rank: int, ridge: float = 1e-4) -> Any:
     weights = ValueOutputWeights(torch.randn(G, 9, H, dtype=torch.float64), output, None)
-    return weights, Greedy(ridge).value_output(weights, LayerStatistics({"head_outputs": matrix})).at(rank)
+    return weights, Greedy(ridge).value_output(
+        weights, LayerStatistics({"head_outputs": matrix, "value": mean_blocks(matrix, output)})
+    ).final(rank)
 
 
 @pytest.mark.parametrize("adversarial", [False, True])
@@ -92,42 +164,43 @@ def test_never_worse_than_the_papers_bases(adversarial: bool) -> None:
         for rank in range(1, H):
             _, ours = values_of(matrix, output, rank)
             ridged = regularised(matrix, 1e-4)
-            paper = least_error(ridged, output, energy_bases(ridged, output)[..., :rank])
+            paper = least_error(ridged, output, by_energy(ridged, output)[..., :rank])
             assert ours.error <= paper * (1 + 1e-7)
 
 
-def test_hardly_ever_worse_than_algorithm_3_and_its_grouped_form() -> None:
-    """Its factors, found on the inputs alone, under the objective on what the heads put out.
-
-    Never is proved of the bases that are compared (above); those found on the inputs are not among them, and where
-    attention mixes tokens at random they can be the better ones by chance.
-    """
+@pytest.mark.parametrize("per_group", [1, HEADS])
+@pytest.mark.parametrize("attention", ["to itself", "sharp", "even"])
+def test_never_worse_than_algorithm_3_and_its_grouped_form(per_group: int, attention: str) -> None:
+    """Its factors, found on the inputs alone, under the objective on what the heads put out."""
     ratios = []
     for seed in range(40):
         draw = torch.Generator().manual_seed(seed)
         inputs = torch.randn(60, 15, generator=draw, dtype=torch.float64)
         inputs = inputs * torch.logspace(-1, 1, 15, dtype=torch.float64)
         value = torch.randn(G, 15, H, generator=draw, dtype=torch.float64)
-        output = torch.randn(G, HEADS, H, D, generator=draw, dtype=torch.float64)
-        attention = (3 * torch.randn(G, HEADS, 60, 60, generator=draw, dtype=torch.float64)).softmax(-1)
+        output = torch.randn(G, per_group, H, D, generator=draw, dtype=torch.float64)
+        sharpness = {"to itself": 0.0, "sharp": 3.0, "even": 0.1}[attention]
+        paid = (sharpness * torch.randn(G, per_group, 60, 60, generator=draw, dtype=torch.float64)).softmax(-1)
+        if attention == "to itself":
+            paid = torch.eye(60, dtype=torch.float64).expand_as(paid)
 
-        def outputs(thin: torch.Tensor, inputs: torch.Tensor = inputs, a: torch.Tensor = attention) -> torch.Tensor:
+        def outputs(thin: torch.Tensor, inputs: torch.Tensor = inputs, a: torch.Tensor = paid) -> torch.Tensor:
             return a @ (inputs @ thin)[:, None]  # (G, g, N, k)
 
         heads = outputs(value).permute(2, 0, 1, 3).flatten(1)
+        moment = value.mT @ (inputs.T @ inputs) @ value
         for rank in range(1, H):
             weights = ValueOutputWeights(value, output, None)
-            sums = LayerStatistics({"head_outputs": heads.T @ heads})
-            ours = Greedy(1e-9).value_output(weights, sums).at(rank).weights
+            sums = LayerStatistics({"head_outputs": heads.T @ heads, "value": moment})
             paper = svd_decomposition(inputs.T @ inputs, value, output, rank)
+            solutions = (getattr(Greedy(1e-9).value_output(weights, sums), name)(rank) for name in ("at", "final"))
             errors = [
                 float((outputs(thin.value) @ thin.output - outputs(value) @ output).sum((0, 1)).square().sum())
-                for thin in (ours, paper)
+                for thin in (paper, *(solution.weights for solution in solutions))
             ]
-            ratios.append(errors[0] / errors[1])
-    assert sum(ratio > 1 + 1e-6 for ratio in ratios) <= 0.01 * len(ratios)
-    assert max(ratios) < 1.2
-    assert sum(ratios) / len(ratios) < 0.9
+            ratios.append([errors[1] / errors[0], errors[2] / errors[1]])
+    assert max(ratio for one in ratios for ratio in one) <= 1 + 1e-6
+    assert sum(one[0] for one in ratios) / len(ratios) < 0.9
 
 
 def test_weights_have_the_stated_error_and_are_balanced() -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .budget import Module
-from .decompositions.gated import HELD_OUT
+from .decompositions import gated, values
 from .families import decoder_layers, family_of
 from .layout import HeadShape, expert_count, mlp_maps, norms
 from .logits import KEYS, QUERIES
@@ -22,8 +22,6 @@ from .modeling import Family
 from .statistics import SAMPLED_ROWS, Statistic, panels
 
 _K = TypeVar("_K")
-#: Steps of the second fit that are taken to be made, of at most :data:`modegpt.decompositions.gated.STEPS`.
-_TAKEN = 2.5
 _EXPERTS_EVERYWHERE: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 
 
@@ -132,6 +130,8 @@ def gram_flops(sizes: Sizes, wanted: Collection[Statistic], window: int) -> floa
         flops += 2.0 * sizes.routed * sizes.gates * sizes.hidden * sizes.intermediate
     if "query" in wanted:
         flops += 2.0 * (sizes.heads + sizes.groups) * h**2
+    if "value" in wanted:
+        flops += 2.0 * sizes.groups * h**2
     flops += sum(_panel_flops(sizes.hidden) for name in ("attention_input", "mlp_input") if name in wanted)
     if "head_outputs" in wanted:
         flops += _panel_flops(sizes.heads * h)
@@ -177,6 +177,7 @@ def _elements(sizes: Sizes) -> dict[Statistic, int]:
         "mlp_input": sizes.hidden**2,
         "query": sizes.heads * sizes.head**2,
         "key": sizes.groups * sizes.head**2,
+        "value": sizes.groups * sizes.head**2,
         "head_outputs": (sizes.heads * sizes.head) ** 2,
         "logits": sizes.heads * sizes.head**2,
         "mlp_moments": 2 * sizes.experts * sizes.intermediate,
@@ -225,31 +226,44 @@ def refit_flops(sizes: Sizes, kept: float) -> float:
     return 2 * k * (m - k) * d + factor_flops(k) + 2 * k**2 * d + 2 * (m - k) ** 2 * d
 
 
-def correction_flops(sizes: Sizes, tokens: int, kept: float) -> float:
-    """Operations of the up-projection's second fit in one layer, mostly in products of rows.
+def gated_fit_flops(sizes: Sizes, tokens: int, kept: float) -> float:
+    """Operations of the second fit of one layer's MLP, mostly in products of rows.
 
-    The gates and outputs of the dense and the thin MLP, the preconditioner with its factors, and for every step its
-    own output, the adjoint of that, the held-out rows' and the preconditioner's solves.
+    What the dense MLP makes of the rows and what the thin one leaves of that; the slope with the inputs' Gram matrix;
+    for every step the products of the curvature's rows and the preconditioner's solves; what the change does to
+    held-out rows and, for the output map's fit, to the others.
     """
     rows, d, m = sampled_rows(sizes, tokens), sizes.hidden, sizes.intermediate
-    k, fitted = kept * m, 1 - 1 / HELD_OUT
     if not rows:
         return 0.0
-    dense = 10.0 * rows * d * m + 4 * rows * d * k
-    preconditioner = fitted * rows * 2 * (d**2 + k**2) + 2 * k**2 * d + (d**3 + k**3) / 3
-    step = (8 * fitted + 4 / HELD_OUT) * rows * d * k + 4 * d * k * (d + k)
-    return dense + preconditioner + (4 * fitted + 4 / HELD_OUT) * rows * d * k + _TAKEN * step
+    k, held = kept * m, rows / gated.HELD_OUT
+    seen = rows - held
+    curved = seen / max(1, seen // gated.CURVATURE_ROWS)
+    products = 6.0 * rows * d * m + 2 * rows * d * k + seen * (12 * d * k + 2 * d**2) + 6 * held * d * k
+    factors = 2 * curved * k**2 + 4 * k**2 * d + (d**3 + 2 * k**3) / 3
+    return products + factors + gated.STEPS * (8 * curved * d * k + 4 * d * k * (d + k))
 
 
-def correction_bytes(sizes: Sizes, tokens: int, kept: float) -> int:
+def alternation_flops(sizes: Sizes, kept: float) -> float:
+    """Operations to fit the bases of the values and the output map to each other in turn."""
+    h, d, n = sizes.head, sizes.hidden, sizes.heads * sizes.head
+    k = kept * h
+    width = sizes.heads * k
+    output_map = 2 * n * h * width + 2 * width**2 * h + 2 * n * k * d + width**3 / 3 + 2 * width**2 * d
+    products = 2.0 * n * h * width + 2 * n * width * k
+    step = 2 * width**2 * d + 2 * n * k * d + (1 + values.STEPS) * products
+    return 2.0 * n**2 * d + (1 + values.ROUNDS) * output_map + values.ROUNDS * step
+
+
+def gated_fit_bytes(sizes: Sizes, tokens: int, kept: float) -> int:
     """What it holds at once besides the statistics and the layer.
 
-    Of the rows the gates of all channels and of those that stay (once more apart from the held-out ones), inputs,
-    residuals and one step's outputs; the preconditioner in float64, and a few matrices of the map's size.
+    Of the rows inputs, residuals, gates and channels, those of the curvature and of the held-out ones once more; in
+    float64 the correlation of what stays with its factors, and a few matrices of the maps' size.
     """
-    rows, d, m = sampled_rows(sizes, tokens), sizes.hidden, sizes.intermediate
-    k = kept * m
-    return round(4 * rows * (m + 2 * k + 4 * d) + 8 * (3 * k**2 + 3 * d**2 + 3 * d * k)) if rows else 0
+    rows, d = sampled_rows(sizes, tokens), sizes.hidden
+    k, again = kept * sizes.intermediate, min(rows, 2 * gated.CURVATURE_ROWS) + rows / gated.HELD_OUT
+    return round(8 * (rows + again) * (k + d) + 8 * (3 * k**2 + 3 * d**2 + 3 * d * k)) if rows else 0
 
 
 def head_elimination_bytes(sizes: Sizes) -> int:

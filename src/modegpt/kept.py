@@ -97,7 +97,7 @@ class _File(BaseModel):
 class _Content(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     profile: Profile
     layers: list[_File]
 

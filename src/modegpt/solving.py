@@ -21,7 +21,7 @@ from .modeling import Family
 from .parallel import Workers
 from .progress import Progress
 from .results import ModuleResult, spectrum_of, thinned
-from .statistics import LayerStatistics, gates_of
+from .statistics import LayerStatistics, through_mlp
 from .weights import (
     HeadWeights,
     MLPWeights,
@@ -164,7 +164,7 @@ class LayerSolver:
         if expert is not None:
             statistics = _for_expert(statistics, expert, weights)
         elif module == "mlp" and statistics.rows is not None:
-            statistics = replace(statistics, gates=partial(gates_of, layer, self._family, statistics.rows))
+            statistics = replace(statistics, passed=partial(through_mlp, layer, self._family, statistics.rows))
         return method.solvers()[module](weights, statistics)
 
     def _read(self, part: Part, layer: nn.Module) -> Any:

@@ -33,7 +33,7 @@ from .modeling import Family, is_joint
 from .parallel import Workers
 
 #: Tokens that :attr:`LayerStatistics.rows` are of, at most.
-SAMPLED_ROWS = 8192
+SAMPLED_ROWS = 16384
 #: Tokens whose products are summed in float32 before they join the float64 sum.
 BLOCK_ROWS = 2048
 #: Keeps the squares of a zero vector finite, namely zero.
@@ -114,6 +114,7 @@ class MomentSum:
 #: mlp_input        C = X^T X of what enters the MLP's maps into the intermediate space: (d, d); not with experts
 #: attention_input  C = X^T X of the attention block's input, after its norm: (d, d)
 #: query, key       C_q and C_k of every head after the rotary embedding: (G, g, h, h) and (G, h, h)
+#: value            C = V^T V of every value head, without the value bias, as attention takes it: (G, h, h)
 #: head_outputs     C = Z^T Z of what all heads put out, without the value bias: (H h, H h)
 #: logits           F, the covariance of the features of every head's logits: (G, g, h, h), see decompositions.logits
 #:
@@ -128,6 +129,7 @@ Statistic = Literal[
     "attention_input",
     "query",
     "key",
+    "value",
     "head_outputs",
     "logits",
     "mlp_moments",
@@ -154,9 +156,9 @@ class LayerStatistics:
     """Tokens routed to each expert, where there are experts."""
     rows: torch.Tensor | None = None
     """What enters the MLP x at some tokens, see :func:`sampled_tokens`, in the order of the windows: (S, d) in the
-    products' dtype. Of gated MLPs only, not of experts, and where asked for."""
-    gates: Callable[[], torch.Tensor] | None = None
-    """Makes sigma(x W_G) of the ``rows``, (S, m), see :func:`gates_of`; None without these."""
+    model's dtype. Of gated MLPs only, not of experts, and where asked for."""
+    passed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+    """What becomes of the ``rows`` at the channels it is given, see :func:`through_mlp`; None without these."""
 
     def __getitem__(self, name: Statistic) -> torch.Tensor:
         """One of the sums; raises ``KeyError`` where it was not asked for."""
@@ -199,7 +201,7 @@ _observers: WeakKeyDictionary[nn.Module, AttentionObserver] = WeakKeyDictionary(
 
 
 def _observing(implementation: str) -> str:
-    """Register an attention function that shows queries, keys and mask to an observer, then computes as before."""
+    """Register an attention function that shows its inputs and mask to an observer, then computes as before."""
     name = f"modegpt_observing_{implementation}"
 
     def attention(
@@ -212,7 +214,7 @@ def _observing(implementation: str) -> str:
     ) -> Any:
         """As Transformers calls an attention function."""
         if (observer := _observers.get(module)) is not None:
-            observer(query, key, attention_mask, options)
+            observer(query, key, value, attention_mask, options)
         compute = sdpa_attention_forward
         if implementation == "eager":  # not registered by Transformers: every family has its own
             compute = sys.modules[type(module).__module__].eager_attention_forward
@@ -362,8 +364,7 @@ class StatisticsCollector:
 
     def _sample(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].detach().flatten(0, -2)
-        x = x[self._chosen.to(x.device)]  # a copy, so that the others need not stay
-        self._rows.append(x if x.dtype == torch.float64 else x.float())
+        self._rows.append(x[self._chosen.to(x.device)])  # a copy, so that the others need not stay
 
     def _all_rows(self, workers: Workers) -> torch.Tensor:
         """Those of all workers, in the order of the batches that they share."""
@@ -383,11 +384,19 @@ class StatisticsCollector:
         self._add("head_outputs", outputs)
 
     def _observe(
-        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
     ) -> None:
         if "query" in self._wanted:
             for name, x in (("query", query), ("key", key)):
                 self._add(name, x.transpose(1, 2).flatten(0, 1))  # (B T, heads, h)
+        if "value" in self._wanted:
+            values = value.transpose(1, 2).flatten(0, 1)
+            self._add("value", values if self._value_bias is None else values - self._value_bias.to(values.dtype))
         if "logits" in self._wanted:
             scaling, softcap = options["scaling"], options.get("softcap")
             seen = attended(query, key, mask, real=self._real, scaling=scaling, softcap=softcap)
@@ -431,21 +440,35 @@ def _sum_of(name: str) -> type[GramSum] | type[MomentSum]:
     return MomentSum if name.endswith("_moments") else GramSum
 
 
-def gates_of(layer: nn.Module, family: Family, rows: torch.Tensor) -> torch.Tensor:
-    """sigma(x W_G) (S, m) of the ``rows`` x (S, d) that enter the gated MLP of a stock ``layer``, in their dtype.
+def through_mlp(
+    layer: nn.Module, family: Family, rows: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """G = sigma(x W_G) and Z = G o (x W_U) (S, k) at the channels ``kept``, and Y = Z W_D of all channels (S, e).
 
-    It is what enters the output map where x W_U is one, whatever the family calls its activation.
+    Of the ``rows`` x (S, d) that enter the gated MLP of a stock ``layer``, in float64 for rows in that and in float32
+    for others. G is Z divided by x W_U, whatever the family calls its activation, and zero where that is.
     """
-    found: list[torch.Tensor] = []
-    output, up = layer.get_submodule(family.mlp_output), family.mlp_inputs[-1]
-    width = intermediate_size(layer, family)
+    output, up = layer.get_submodule(family.mlp_output), layer.get_submodule(family.mlp_inputs[-1])
+    width, bias = intermediate_size(layer, family), getattr(output, "bias", None)
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    gates, channels = (rows.new_empty(len(rows), len(kept), dtype=wide) for _ in range(2))
+    outputs = torch.empty_like(rows, dtype=wide)
+    here = slice(0)
 
-    def ones(_: nn.Module, __: Any, out: torch.Tensor) -> torch.Tensor:
-        return torch.cat((out[..., :-width], torch.ones_like(out[..., -width:])), dim=-1)
+    def up_maps(_: nn.Module, __: Any, out: torch.Tensor) -> None:
+        gates[here] = out[0][:, -width:][:, kept].to(wide)
+
+    def passed(_: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        channels[here], ups = args[0][0][:, kept].to(wide), gates[here]
+        gates[here] = torch.where(ups == 0, 0.0, channels[here] / ups)
+        outputs[here] = out[0].to(wide) if bias is None else out[0].to(wide) - bias.to(wide)
 
     with ExitStack() as stack, torch.no_grad():
-        stack.callback(layer.get_submodule(up).register_forward_hook(ones).remove)
-        stack.callback(output.register_forward_pre_hook(lambda _, args: found.append(args[0][0])).remove)
-        for some in rows.to(next(output.parameters()).dtype).split(BLOCK_ROWS):
-            layer.get_submodule(up.rpartition(".")[0])(some[None])
-    return torch.cat(found).to(rows.dtype)
+        stack.callback(up.register_forward_hook(up_maps).remove)
+        stack.callback(output.register_forward_hook(passed).remove)
+        for start in range(0, len(rows), BLOCK_ROWS):
+            here = slice(start, start + BLOCK_ROWS)
+            layer.get_submodule(family.mlp_inputs[-1].rpartition(".")[0])(
+                rows[here].to(next(up.parameters()).dtype)[None]
+            )
+    return gates, channels, outputs

@@ -1,6 +1,6 @@
 """The paper's three decompositions, those that improve on them, and what goes with them.
 
-Pure functions: tensors in, tensors out, in float64 (but :func:`gated_correction`, in the precision of its rows).
+Pure functions: tensors in, tensors out, in float64 (but :func:`gated_fit`, in the precision of its rows).
 
 Orientation follows the paper: rows are tokens and a linear map is ``y = x W``.
 """
@@ -9,7 +9,7 @@ from .cr import CRDecomposition, channel_scores, couples, cr_decomposition
 from .elimination import Elimination, greedy_elimination, refit, regularised, unit_channels
 from .experts import weight_energies, with_pseudo_tokens
 from .fluctuation import fluctuation, mean_contribution, standardised
-from .gated import gated_correction
+from .gated import GatedFit, GatedRows, gated_fit
 from .linalg import top_indices
 from .logits import LogitLadder, kept_coefficients, logit_ladder, rotate, selection_ladder
 from .low_rank import LowRank, activation_scales, break_even, low_rank, whitening
@@ -19,11 +19,13 @@ from .outliers import outlier_share
 from .principal import PrincipalDirections, principal_directions
 from .selection import selection_losses
 from .svd import SVDDecomposition, balance, svd_decomposition
-from .values import ValueLadder, energy_bases, group_bases, value_ladder
+from .values import ValueLadder, alternating_fit, energy_bases, group_bases, mean_blocks, value_ladder
 
 __all__ = [
     "CRDecomposition",
     "Elimination",
+    "GatedFit",
+    "GatedRows",
     "LogitLadder",
     "LowRank",
     "NystromDecomposition",
@@ -31,6 +33,7 @@ __all__ = [
     "SVDDecomposition",
     "ValueLadder",
     "activation_scales",
+    "alternating_fit",
     "balance",
     "break_even",
     "channel_scores",
@@ -38,12 +41,13 @@ __all__ = [
     "cr_decomposition",
     "energy_bases",
     "fluctuation",
-    "gated_correction",
+    "gated_fit",
     "greedy_elimination",
     "group_bases",
     "kept_coefficients",
     "logit_ladder",
     "low_rank",
+    "mean_blocks",
     "mean_contribution",
     "norm_energy",
     "nystrom_decomposition",

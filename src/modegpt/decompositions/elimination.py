@@ -46,14 +46,18 @@ class Elimination:
         return mask.nonzero().flatten()
 
 
-def regularised(gram: torch.Tensor, ridge: float, profile: torch.Tensor | None = None) -> torch.Tensor:
+def regularised(
+    gram: torch.Tensor, ridge: float, profile: torch.Tensor | None = None, kept: torch.Tensor | None = None
+) -> torch.Tensor:
     """A = C + lambda diag(p) with lambda = ``ridge`` * tr(C) / m; 1 where C is zero.
 
-    ``profile`` p (m,) is of mean 1; ones where not given.
+    ``profile`` p (m,) is of mean 1; ones where not given. With ``kept`` S (k,), A_SS alone.
     """
-    result, mean = gram.clone(), gram.diagonal().mean()
+    mean = gram.diagonal().mean()
     strength = torch.where(mean > 0, ridge * mean, 1.0)
-    result.diagonal().add_(strength if profile is None else strength * profile)
+    added = strength.expand(len(gram)) if profile is None else strength * profile
+    result = gram.clone() if kept is None else gram[kept[:, None], kept]
+    result.diagonal().add_(added if kept is None else added[kept])
     return result
 
 

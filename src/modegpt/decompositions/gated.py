@@ -1,86 +1,146 @@
-"""The up-projection of a gated MLP, fitted once more to the channels that are left.
+"""The up-projection of a gated MLP, and its output map after that, fitted once more to the channels that are left.
 
-An MLP puts out (G o X W_U) W_D with G = sigma(X W_G). Once channels are gone and W_D' makes up for them, the W_U' of
-those that stay can change as well: they are behind no nonlinearity but the product with G. The objective
+An MLP puts out Z W_D with Z = G o X W_U, G = sigma(X W_G). Once channels are gone and W_D' makes up for them, the W_U'
+of those that stay can change as well: they are behind no nonlinearity but the product with G. The objective
 
-    J(D) = || R - (G o X D) W_D' ||_F^2,    R = Y - (G o X W_U') W_D',
+    J(D) = || R - (G o X D) W_D' ||_F^2,    R = Y - Z' W_D',
 
 Y the dense MLP's output, is quadratic in the correction D, with gradient -2 X^T (G o (R W_D'^T)). Its normal equations
 have d k unknowns, too many to write down: a few steps of conjugate gradients, preconditioned by the Kronecker product
-that they would be if X and G were independent, X^T X (x) (G^T G / n o W_D' W_D'^T). How many steps is decided by rows
-that the fit does not see.
+that they would be if X and G were independent, X^T X (x) (G^T G / n o W_D' W_D'^T). The gradient that they start from
+is that of all rows, for what is learnt from few would be learnt by heart; for the curvature some are enough.
+
+With the channels Z' + dZ, dZ = G o X D, the output map can change too. W_D' is the optimum for Z' over all tokens, so
+of the slope only what the rows tell of its change counts, and the curvature A_SS is known of all tokens:
+
+    A_SS E = (Z' + dZ)^T (R - dZ W_D') - Z'^T R
+
+for the correction E of W_D'. (With what dZ adds to A_SS, E is no better on other text.) How far to go along D and
+along E is decided by rows that neither has seen.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from .elimination import regularised
 from .linalg import cholesky_of_psd
 
-#: At most; what further steps gain on the rows that are fitted, others lose.
+#: Of conjugate gradients.
 STEPS = 4
-#: One row of so many is kept from the fit.
-HELD_OUT = 8
+#: One row of so many is kept from the fits.
+HELD_OUT = 16
+#: Rows of the curvature: so many, or nearly twice that.
+CURVATURE_ROWS = 4096
 #: Of the two factors of the preconditioner.
 RIDGE = 1e-2
 #: Rows whose products are held at once.
 _ROWS = 2048
 
 
-def gated_correction(
-    inputs: torch.Tensor, gates: torch.Tensor, output: torch.Tensor, residual: torch.Tensor, steps: int = STEPS
-) -> tuple[torch.Tensor, float]:
-    """D (d, k), and J(D) / J(0) on held-out rows, which is at most 1.
+@dataclass(frozen=True)
+class GatedRows:
+    """What a gated MLP makes of some tokens by the k channels that stay, all in one dtype: that of the products."""
 
-    ``inputs`` X (n, d), ``gates`` G (n, k), ``output`` W_D' (k, e) and ``residual`` R (n, e) in one dtype, that of the
-    products with rows; the preconditioner is factorised in float64. The last of every ``HELD_OUT`` rows are held out.
-    D is zero where no step helps there.
+    inputs: torch.Tensor
+    """X (n, d)."""
+    gates: torch.Tensor
+    """G (n, k)."""
+    channels: torch.Tensor
+    """Z' (n, k)."""
+    residual: torch.Tensor
+    """R (n, e)."""
+
+    def at(self, index: torch.Tensor) -> GatedRows:
+        """Some of the rows."""
+        return GatedRows(self.inputs[index], self.gates[index], self.channels[index], self.residual[index])
+
+
+@dataclass(frozen=True)
+class GatedFit:
+    """Corrections of both maps."""
+
+    change: torch.Tensor
+    """D (d, k)."""
+    output: torch.Tensor
+    """E (k, e)."""
+    share: float
+    """What held-out rows have left of ||R||_F^2: at most 1."""
+
+
+def gated_fit(rows: GatedRows, output: torch.Tensor, matrix: torch.Tensor, steps: int = STEPS) -> GatedFit:
+    """D and E for W_D' = ``output`` (k, e), in the dtype of the rows.
+
+    ``matrix`` A_SS (k, k), float64, is positive definite; its scale does not matter, as the length of E is looked for.
+    The last of every ``HELD_OUT`` rows are held out, and a correction that does not help there is zero.
     """
-    held = torch.arange(len(inputs), device=inputs.device) % HELD_OUT == HELD_OUT - 1
-    x, g, rows = inputs[~held], gates[~held], residual[~held]
-    unseen = inputs[held], gates[held], residual[held]
-    root_x = cholesky_of_psd(regularised((x.mT @ x).double(), RIDGE))
-    root_g = cholesky_of_psd(regularised((g.mT @ g).double() * (output @ output.mT).double(), RIDGE))
+    held = torch.arange(len(rows.inputs), device=rows.inputs.device) % HELD_OUT == HELD_OUT - 1
+    seen, unseen = (~held).nonzero().flatten(), rows.at(held)
 
-    best = found = torch.zeros(inputs.shape[1], gates.shape[1], dtype=inputs.dtype, device=inputs.device)
-    before = least = _loss(*unseen, output, found)
-    slope = _adjoint(x, g, output, rows)
-    direction, size = torch.zeros_like(found), 1.0
+    change = _direction(rows, seen, output, steps)
+    thin = unseen.gates * (unseen.inputs @ change)
+    length, left = _along(unseen.residual, thin @ output)
+    change, channels = length * change, unseen.channels + length * thin
+
+    adjusted = _output_direction(rows, seen, output, matrix, change)
+    length, left = _along(left, channels @ adjusted)
+    before, after = _dot(unseen.residual, unseen.residual), _dot(left, left)
+    return GatedFit(change, length * adjusted, min(1.0, after / before) if before > 0 else 1.0)
+
+
+def _along(residual: torch.Tensor, move: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """How far to go so that the least of ``residual`` is left, never backwards, and what is left."""
+    size = _dot(move, move)
+    length = max(0.0, _dot(residual, move) / size) if size > 0 else 0.0
+    return length, residual - length * move
+
+
+def _direction(rows: GatedRows, seen: torch.Tensor, output: torch.Tensor, steps: int) -> torch.Tensor:
+    """D by conjugate gradients, with the slope of all ``seen`` rows and the curvature of some."""
+    (_, d), (_, k) = rows.inputs.shape, rows.gates.shape
+    slope, gram = rows.inputs.new_zeros(d, k), rows.inputs.new_zeros(d, d)
+    for part in seen.split(_ROWS):
+        some = rows.at(part)
+        slope += _adjoint(some, output, some.residual)
+        gram += some.inputs.mT @ some.inputs
+    stride = max(1, len(seen) // CURVATURE_ROWS)
+    some = rows.at(seen[::stride])
+    scale = len(seen) / max(1, len(some.inputs))  # of a sum over some to that over all
+    squares = (some.gates.mT @ some.gates).double() * (output @ output.mT).double()
+    root_x = cholesky_of_psd(regularised(gram.double(), RIDGE))
+    root_g = cholesky_of_psd(regularised(squares / max(1, len(some.inputs)), RIDGE))
+
+    found, direction, last = torch.zeros_like(slope), torch.zeros_like(slope), 1.0
     for _ in range(steps):
         step = _preconditioned(slope, root_x, root_g)
-        last, size = size, _dot(slope, step)
+        size = _dot(slope, step)
         if not size > 0:
             break
         direction = step + direction * (size / last)
-        change = _adjoint(x, g, output, _outputs(x, g, output, direction))
+        change = scale * _adjoint(some, output, (some.gates * (some.inputs @ direction)) @ output)
         length = size / _dot(direction, change)
-        found = found + length * direction
-        loss = _loss(*unseen, output, found)
-        if not loss < least:
-            break
-        best, least = found, loss
-        slope = slope - length * change
-    return best, least / before if before > 0 else 1.0
+        found, slope, last = found + length * direction, slope - length * change, size
+    return found
 
 
-def _outputs(x: torch.Tensor, g: torch.Tensor, output: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """(G o X D) W_D'."""
-    pieces = zip(x.split(_ROWS), g.split(_ROWS), strict=True)
-    return torch.cat([(some_g * (some_x @ change)) @ output for some_x, some_g in pieces])
+def _output_direction(
+    rows: GatedRows, seen: torch.Tensor, output: torch.Tensor, matrix: torch.Tensor, change: torch.Tensor
+) -> torch.Tensor:
+    """E for D = ``change``, if ``matrix`` is of the ``seen`` rows."""
+    wanted = torch.zeros_like(output, dtype=matrix.dtype)
+    for part in seen.split(_ROWS):
+        some = rows.at(part)
+        thin = some.gates * (some.inputs @ change)  # dZ
+        move = thin @ output
+        wanted += thin.mT @ (some.residual - move) - some.channels.mT @ move
+    return torch.cholesky_solve(wanted, cholesky_of_psd(matrix)).to(output.dtype)
 
 
-def _adjoint(x: torch.Tensor, g: torch.Tensor, output: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _adjoint(rows: GatedRows, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """X^T (G o (R W_D'^T))."""
-    result = x.new_zeros(x.shape[1], g.shape[1])
-    for some_x, some_g, some in zip(x.split(_ROWS), g.split(_ROWS), rows.split(_ROWS), strict=True):
-        result += some_x.mT @ (some_g * (some @ output.mT))
-    return result
-
-
-def _loss(x: torch.Tensor, g: torch.Tensor, rows: torch.Tensor, output: torch.Tensor, change: torch.Tensor) -> float:
-    difference = rows - _outputs(x, g, output, change)
-    return _dot(difference, difference)
+    return rows.inputs.mT @ (rows.gates * (residual @ output.mT))
 
 
 def _preconditioned(slope: torch.Tensor, root_x: torch.Tensor, root_g: torch.Tensor) -> torch.Tensor:

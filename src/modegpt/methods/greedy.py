@@ -12,15 +12,17 @@ from typing_extensions import Self
 from .. import costs
 from ..budget import Module
 from ..decompositions import (
-    ValueLadder,
+    GatedRows,
+    alternating_fit,
     balance,
     channel_scores,
     energy_bases,
-    gated_correction,
+    gated_fit,
     greedy_elimination,
     group_bases,
     kept_coefficients,
     logit_ladder,
+    mean_blocks,
     refit,
     regularised,
     ridge_leverage_scores,
@@ -29,7 +31,7 @@ from ..decompositions import (
     value_ladder,
     weight_energies,
 )
-from ..statistics import BLOCK_ROWS, LayerStatistics
+from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
 from .base import ChannelMethod, Ladder, Method, Ridged, Solution, rising
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 LOGIT_RIDGE = 1e-2
 #: What the ridge takes a channel's energy to be at least, in units of the mean: one with weights of zero has none.
 DEAD = 1e-2
+#: An MLP that keeps more of its channels is not fitted once more: it would take longest and gain least.
+WORTH = 15 / 16
 
 
 class Greedy(Ridged, ChannelMethod):
@@ -54,7 +58,7 @@ class Greedy(Ridged, ChannelMethod):
     allocation = "sensitivity"
     default_ridge = 1e-2
     tied = True
-    statistics = frozenset({"mlp", "mlp_rows", "query", "key", "logits", "head_outputs"})
+    statistics = frozenset({"mlp", "mlp_rows", "query", "key", "value", "logits", "head_outputs"})
 
     def __init__(self, ridge: float, pairs: Sequence[int] | None = None) -> None:
         """With one list of rotary ``pairs`` for all heads, where they have to keep the same."""
@@ -67,7 +71,7 @@ class Greedy(Ridged, ChannelMethod):
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
         """Of the elimination, the fit at one rank and the second fit of its inputs, what is most."""
-        fits = costs.solve_bytes(sizes, tokens, kept), costs.correction_bytes(sizes, tokens, kept)
+        fits = costs.solve_bytes(sizes, tokens, kept), costs.gated_fit_bytes(sizes, tokens, kept)
         return max(costs.elimination_bytes(sizes), *fits)
 
     def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
@@ -78,8 +82,9 @@ class Greedy(Ridged, ChannelMethod):
         return costs.elimination_flops(sizes) + scores + 2 * costs.refit_flops(sizes, kept)
 
     def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
-        """The second fit of the MLP's inputs."""
-        return costs.correction_flops(sizes, tokens, kept)
+        """The second fit of the MLP, and that of values and outputs in turn."""
+        mlp = costs.gated_fit_flops(sizes, tokens, kept) if kept <= WORTH else 0.0
+        return mlp + costs.alternation_flops(sizes, kept)
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""
@@ -99,26 +104,27 @@ class Greedy(Ridged, ChannelMethod):
             return Solution(weights.select(kept, fitted), error, norm, kept)
 
         errors = rising(result.errors, norm)
-        return Ladder(len(output), at, errors, lambda solution: self.finished(solution, weights, statistics))
+        return Ladder(len(output), at, errors, lambda solution: self.finished_mlp(solution, statistics, profile))
 
-    def finished(
-        self, solution: Solution[MLPWeights], dense: MLPWeights, statistics: LayerStatistics
+    def finished_mlp(
+        self, solution: Solution[MLPWeights], statistics: LayerStatistics, profile: torch.Tensor
     ) -> Solution[MLPWeights]:
         """:mod:`modegpt.decompositions.gated`, where the MLP is; the error falls as that of held-out rows does."""
         thin, kept = solution.weights, solution.kept
-        x = statistics.rows
-        if x is None or statistics.gates is None or kept is None or len(kept) == len(dense.output):
+        if statistics.rows is None or statistics.passed is None or kept is None or len(kept) > WORTH * len(profile):
             return solution
-        gates, up = statistics.gates(), thin.inputs[-1]
-        residual = torch.cat(
-            [
-                _outputs(dense, some_x, some) - _outputs(thin, some_x, some[:, kept])
-                for some_x, some in zip(x.split(BLOCK_ROWS), gates.split(BLOCK_ROWS), strict=True)
-            ]
+        gates, channels, outputs = statistics.passed(kept)
+        output, rows = thin.output.to(gates.dtype), statistics.rows.to(gates.dtype)
+        seen = GatedRows(rows, gates, channels, outputs.addmm_(channels, output, alpha=-1))
+        matrix = regularised(statistics["mlp"], self.ridge, profile, kept)
+        fit = gated_fit(seen, output, matrix)
+        up = thin.inputs[-1]
+        fitted = replace(
+            thin,
+            inputs=(*thin.inputs[:-1], (up.to(rows.dtype) + fit.change).to(up.dtype)),
+            output=thin.output + fit.output,
         )
-        change, share = gated_correction(x, gates[:, kept], thin.output.to(x.dtype), residual)
-        fitted = replace(thin, inputs=(*thin.inputs[:-1], (up.to(x.dtype) + change).to(up.dtype)))
-        return replace(solution, weights=fitted, error=solution.error * share)
+        return replace(solution, weights=fitted, error=solution.error * fit.share)
 
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """:mod:`modegpt.decompositions.logits`, or Algorithm 2's pairs.
@@ -153,10 +159,16 @@ class Greedy(Ridged, ChannelMethod):
         return Ladder(full, at, rising(ladder.errors, norm))
 
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
-        """:mod:`modegpt.decompositions.values`, with the bases of a joint SVD or those of appendix B.1."""
+        """:mod:`modegpt.decompositions.values`, with the bases of a joint SVD or those that the paper takes.
+
+        Of what the heads put out by appendix B.1, and of the values themselves as the paper does.
+        """
         gram, output = statistics["head_outputs"], weights.output
         matrix = regularised(gram, self.ridge)
-        ladders = [value_ladder(matrix, output, basis(matrix, output)) for basis in (group_bases, energy_bases)]
+        blocks, inputs = mean_blocks(matrix, output), statistics["value"]
+        papers = group_bases(inputs, output) if output.shape[1] == 1 else energy_bases(inputs)
+        starts = group_bases(blocks, output), energy_bases(blocks), papers
+        ladders = [value_ladder(matrix, output, basis) for basis in starts]
         full = output.shape[-2]
         stacked = output.flatten(0, 2)
         norm = float((stacked * (gram @ stacked)).sum())
@@ -165,18 +177,19 @@ class Greedy(Ridged, ChannelMethod):
             if rank == full:
                 return Solution(weights, 0.0, norm)
             best = min(ladders, key=lambda ladder: float(ladder.errors[rank]))
-            return Solution(_with_basis(weights, best, rank), float(best.errors[rank]), norm)
+            return Solution(_with_basis(weights, *best.at(rank)), float(best.errors[rank]), norm)
 
-        errors = torch.minimum(*(ladder.errors for ladder in ladders))
+        def finished(solution: Solution[ValueOutputWeights]) -> Solution[ValueOutputWeights]:
+            rank = solution.weights.output.shape[-2]
+            if rank == full:
+                return solution
+            best = min(ladders, key=lambda ladder: float(ladder.errors[rank]))
+            basis, fitted, error = alternating_fit(matrix, output, best.basis[..., :rank])
+            return Solution(_with_basis(weights, basis, fitted), error, norm)
+
+        errors = torch.stack([ladder.errors for ladder in ladders]).amin(0)
         errors[0] = norm
-        return Ladder(full, at, errors)
-
-
-def _outputs(weights: MLPWeights, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """(G o (X W_U + b_U)) W_D."""
-    up, bias = weights.inputs[-1].to(x.dtype), weights.input_biases[-1]
-    inner = x @ up if bias is None else x @ up + bias.to(x.dtype)
-    return (gates * inner) @ weights.output.to(x.dtype)
+        return Ladder(full, at, errors, finished)
 
 
 def _quadratic(features: torch.Tensor, target: torch.Tensor) -> float:
@@ -184,7 +197,6 @@ def _quadratic(features: torch.Tensor, target: torch.Tensor) -> float:
     return float((target * (features @ target)).sum())
 
 
-def _with_basis(weights: ValueOutputWeights, ladder: ValueLadder, rank: int) -> ValueOutputWeights:
-    basis, output = ladder.at(rank)
+def _with_basis(weights: ValueOutputWeights, basis: torch.Tensor, output: torch.Tensor) -> ValueOutputWeights:
     value, output = balance(weights.value @ basis, output)
     return replace(weights, value=value, output=output)
