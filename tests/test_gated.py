@@ -92,6 +92,45 @@ def test_the_output_map_follows_the_changed_channels(seed: int) -> None:
     assert losses[1] - losses[2] < 0.2 * (losses[0] - losses[2])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_output_map_starts_from_the_optimum_with_the_ridge(seed: int) -> None:
+    """Of the slope at W_D' only what the change adds: Z'^T R is what the ridge holds against, and no reason to move."""
+    rows, dense, _ = problem(seed, noise=0.3, size=0.1)
+    target = rows.channels @ dense + rows.residual
+    ridge = 50.0 * torch.eye(K, dtype=torch.float64)
+    matrix = rows.channels.mT @ rows.channels + ridge
+    output = torch.linalg.solve(matrix, rows.channels.mT @ target + ridge @ dense)
+    rows = GatedRows(rows.inputs, rows.gates, rows.channels, target - rows.channels @ output)
+    assert float((rows.channels.mT @ rows.residual).norm()) > 1
+    seen = torch.arange(len(rows.inputs))
+    nothing = torch.zeros(D, K, dtype=torch.float64)
+    assert not gated._output_direction(rows, seen, output, matrix, nothing).any()
+    change = 1e-4 * torch.randn(D, K, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    channels = rows.channels + rows.gates * (rows.inputs @ change)
+    optimum = torch.linalg.solve(channels.mT @ channels + ridge, channels.mT @ target + ridge @ dense)
+    found = gated._output_direction(rows, seen, output, matrix, change)
+    torch.testing.assert_close(found, optimum - output, rtol=0.02, atol=0.02 * float((optimum - output).abs().max()))
+
+
+def test_what_is_not_finite_changes_nothing() -> None:
+    rows, output, _ = problem(0, noise=1.0)
+    rows.gates[5, 2] = torch.inf
+    fit = gated_fit(rows, output, gram(rows))
+    assert not fit.change.any()
+    assert not fit.output.any()
+    assert fit.share == 1
+
+
+def test_gates_that_are_closed_on_the_rows_of_the_curvature() -> None:
+    rows, output, _ = problem(0, noise=1.0)
+    seen = (torch.arange(len(rows.inputs)) % HELD_OUT != HELD_OUT - 1).nonzero().flatten()
+    with patch.object(gated, "CURVATURE_ROWS", 100):
+        rows.gates[seen[:: len(seen) // 100]] = 0
+        fit = gated_fit(rows, output, gram(rows))
+    assert fit.change.isfinite().all()
+    assert fit.share <= 1
+
+
 def test_the_curvature_of_some_rows_does() -> None:
     rows, output, _ = problem(0, n=8000, noise=5.0)
     whole = gated_fit(rows, output, gram(rows))

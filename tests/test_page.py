@@ -196,7 +196,7 @@ def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) ->
 
 
 def test_curves_are_the_errors_at_every_rank(made: Path) -> None:
-    """At the rank that was chosen they give the module's own error, before the second fit of its inputs."""
+    """At the rank that was chosen they give the module's own error, before what is fitted once more there."""
     for layer in modegpt.CompressionReport.read(made / "greedy").layers:
         for module, facts in layer.modules.items():
             assert facts.curve is not None
@@ -204,8 +204,10 @@ def test_curves_are_the_errors_at_every_rank(made: Path) -> None:
             assert len(facts.curve) == len(ranks)
             assert facts.curve[0] == pytest.approx(1, abs=0.02)
             assert facts.curve == sorted(facts.curve, reverse=True)
-            if module != "mlp":
-                assert facts.curve[ranks.index(facts.rank)] == pytest.approx(facts.relative_error, abs=1e-4)
+            known = facts.curve[ranks.index(facts.rank)]
+            assert facts.relative_error <= known + 1e-4
+            if module == "qk":
+                assert known == pytest.approx(facts.relative_error, abs=1e-4)
 
 
 def test_spectra_are_what_the_rank_cuts(made: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path) -> None:

@@ -203,6 +203,23 @@ def test_never_worse_than_algorithm_3_and_its_grouped_form(per_group: int, atten
     assert sum(one[0] for one in ratios) / len(ratios) < 0.9
 
 
+@pytest.mark.parametrize("per_group", [1, HEADS])
+def test_values_that_are_always_zero_change_nothing_for_the_others(per_group: int) -> None:
+    matrix, output = problem(0, per_group=per_group)
+    inputs = mean_blocks(matrix, output)
+    matrix[: per_group * H] = 0
+    matrix[:, : per_group * H] = 0
+    inputs[0] = 0
+    weights = ValueOutputWeights(torch.randn(G, 9, H, dtype=torch.float64), output, None)
+    ladder = Greedy(1e-4).value_output(weights, LayerStatistics({"head_outputs": matrix, "value": inputs}))
+    ridged = regularised(matrix, 1e-4)
+    for rank in range(1, H):
+        plain, final = ladder.at(rank), ladder.final(rank)
+        assert final.error <= plain.error * (1 + 1e-9)
+        basis = torch.linalg.lstsq(weights.value, final.weights.value).solution
+        assert float(loss_of(ridged, output, basis, final.weights.output)) == pytest.approx(final.error, rel=1e-6)
+
+
 def test_weights_have_the_stated_error_and_are_balanced() -> None:
     matrix, output = problem(3)
     weights, ours = values_of(matrix, output, 3)

@@ -241,7 +241,7 @@ def gated_fit_flops(sizes: Sizes, tokens: int, kept: float) -> float:
     curved = seen / max(1, seen // gated.CURVATURE_ROWS)
     products = 6.0 * rows * d * m + 2 * rows * d * k + seen * (12 * d * k + 2 * d**2) + 6 * held * d * k
     factors = 2 * curved * k**2 + 4 * k**2 * d + (d**3 + 2 * k**3) / 3
-    return products + factors + gated.STEPS * (8 * curved * d * k + 4 * d * k * (d + k))
+    return products + factors + gated.STEPS * (8 * curved * d * k + 2 * d * k * (d + k))
 
 
 def alternation_flops(sizes: Sizes, kept: float) -> float:
@@ -263,7 +263,7 @@ def gated_fit_bytes(sizes: Sizes, tokens: int, kept: float) -> int:
     """
     rows, d = sampled_rows(sizes, tokens), sizes.hidden
     k, again = kept * sizes.intermediate, min(rows, 2 * gated.CURVATURE_ROWS) + rows / gated.HELD_OUT
-    return round(8 * (rows + again) * (k + d) + 8 * (3 * k**2 + 3 * d**2 + 3 * d * k)) if rows else 0
+    return round(8 * (rows + again) * (k + d) + 8 * (5 * k**2 + 4 * d**2 + 4 * d * k)) if rows else 0
 
 
 def head_elimination_bytes(sizes: Sizes) -> int:

@@ -147,5 +147,8 @@ def open_kept(directory: Path) -> KeptOnDisk:
     """The finished profile in ``directory``; raises :class:`CheckpointError` where it is missing or damaged."""
     kept = KeptOnDisk(directory)
     if kept.profile is None:
-        raise CheckpointError(f"{str(directory)!r} holds no profile, or a damaged one; make it with modegpt profile")
+        raise CheckpointError(
+            f"{str(directory)!r} holds no profile, or a damaged one, or one of another version of modegpt; "
+            "make it with modegpt profile"
+        )
     return kept

@@ -32,7 +32,7 @@ from .linalg import cholesky_of_psd
 STEPS = 4
 #: One row of so many is kept from the fits.
 HELD_OUT = 16
-#: Rows of the curvature: so many, or nearly twice that.
+#: Rows of the curvature: so many, or nearly twice that, or all where there are fewer.
 CURVATURE_ROWS = 4096
 #: Of the two factors of the preconditioner.
 RIDGE = 1e-2
@@ -52,6 +52,10 @@ class GatedRows:
     """Z' (n, k)."""
     residual: torch.Tensor
     """R (n, e)."""
+
+    def are_finite(self) -> bool:
+        """Whether they are free of NaN and infinity."""
+        return all(bool(x.isfinite().all()) for x in (self.inputs, self.gates, self.channels, self.residual))
 
     def at(self, index: torch.Tensor) -> GatedRows:
         """Some of the rows."""
@@ -74,8 +78,11 @@ def gated_fit(rows: GatedRows, output: torch.Tensor, matrix: torch.Tensor, steps
     """D and E for W_D' = ``output`` (k, e), in the dtype of the rows.
 
     ``matrix`` A_SS (k, k), float64, is positive definite; its scale does not matter, as the length of E is looked for.
-    The last of every ``HELD_OUT`` rows are held out, and a correction that does not help there is zero.
+    The last of every ``HELD_OUT`` rows are held out, and a correction that does not help there is zero; so are both
+    where a row is not finite.
     """
+    if not rows.are_finite():
+        return GatedFit(output.new_zeros(rows.inputs.shape[1], len(output)), torch.zeros_like(output), 1.0)
     held = torch.arange(len(rows.inputs), device=rows.inputs.device) % HELD_OUT == HELD_OUT - 1
     seen, unseen = (~held).nonzero().flatten(), rows.at(held)
 
@@ -120,7 +127,10 @@ def _direction(rows: GatedRows, seen: torch.Tensor, output: torch.Tensor, steps:
             break
         direction = step + direction * (size / last)
         change = scale * _adjoint(some, output, (some.gates * (some.inputs @ direction)) @ output)
-        length = size / _dot(direction, change)
+        curvature = _dot(direction, change)
+        if not curvature > 0:
+            break
+        length = size / curvature
         found, slope, last = found + length * direction, slope - length * change, size
     return found
 

@@ -68,7 +68,8 @@ def energy_bases(blocks: torch.Tensor) -> torch.Tensor:
     With W_v^T C W_v for the blocks, W_v P is B.1's W_v'.
     """
     values, vectors = torch.linalg.eigh(blocks)
-    least = values.shape[-1] * torch.finfo(values.dtype).eps * values[..., -1:].clamp_min(1e-300)
+    largest = values[..., -1:]
+    least = torch.where(largest > 0, values.shape[-1] * torch.finfo(values.dtype).eps * largest, 1.0)
     bases: torch.Tensor = vectors / torch.maximum(values, least).sqrt().unsqueeze(-2)
     return bases.flip(-1)
 
@@ -164,7 +165,10 @@ class _Alternation:
                 break
             direction = half + direction * (size / last)
             change = products(direction)
-            length = size / float((direction * change).sum())
+            curvature = float((direction * change).sum())
+            if not curvature > 0:
+                break
+            length = size / curvature
             found, slope, last = found + length * direction, slope - length * change, size
         return found
 

@@ -70,7 +70,7 @@ class Greedy(Ridged, ChannelMethod):
         return type(self)(self.ridge, choice.pairs)
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
-        """Of the elimination, the fit at one rank and the second fit of its inputs, what is most."""
+        """Of the elimination, the fit at one rank and the second fit of the MLP, what is most."""
         fits = costs.solve_bytes(sizes, tokens, kept), costs.gated_fit_bytes(sizes, tokens, kept)
         return max(costs.elimination_bytes(sizes), *fits)
 
