@@ -29,7 +29,7 @@ from modegpt.evaluation import Predictions
 from modegpt.families import model_geometry
 from modegpt.layered import resident
 from modegpt.least_loss import Part, largest_ratio, losses_at, ranks_from_losses, total_loss
-from modegpt.methods import METHODS, Greedy
+from modegpt.methods import METHODS, Greedy, Ladder
 from modegpt.profile import Profiler, parts_of
 from modegpt.report import CompressionReport
 from modegpt.results import Choice, ModuleProfile, Profile, thinned
@@ -59,7 +59,7 @@ def divergence(dense: Any, other: Any, data: TokenWindows) -> float:
 
 @pytest.mark.parametrize("method", sorted(name for name, one in METHODS.items() if "sensitivity" in one.allocations))
 @pytest.mark.parametrize("padded", [False, True])
-@patch.object(Greedy, "finished", lambda _, solution, *__: solution)  # of ranks that are chosen alone
+@patch.object(Ladder, "final", lambda ladder, rank: ladder.at(rank))  # what is finished is of chosen ranks alone
 def test_sensitivities_are_those_of_models_with_one_module_compressed(method: str, padded: bool) -> None:
     model, probe = tiny_llama(), windows(3, seed=2, padded=padded)
     config = CompressionConfig.validated(ratio=0.3, method=method, allocation="sensitivity")
