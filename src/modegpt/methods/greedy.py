@@ -13,6 +13,7 @@ from .. import costs
 from ..budget import Module
 from ..decompositions import (
     GatedRows,
+    ValueLadder,
     alternating_fit,
     balance,
     channel_scores,
@@ -173,18 +174,20 @@ class Greedy(Ridged, ChannelMethod):
         stacked = output.flatten(0, 2)
         norm = float((stacked * (gram @ stacked)).sum())
 
+        def best(rank: int) -> ValueLadder:
+            return min(ladders, key=lambda ladder: float(ladder.errors[rank]))
+
         def at(rank: int) -> Solution[ValueOutputWeights]:
             if rank == full:
                 return Solution(weights, 0.0, norm)
-            best = min(ladders, key=lambda ladder: float(ladder.errors[rank]))
-            return Solution(_with_basis(weights, *best.at(rank)), float(best.errors[rank]), norm)
+            ladder = best(rank)
+            return Solution(_with_basis(weights, *ladder.at(rank)), float(ladder.errors[rank]), norm)
 
         def finished(solution: Solution[ValueOutputWeights]) -> Solution[ValueOutputWeights]:
             rank = solution.weights.output.shape[-2]
             if rank == full:
                 return solution
-            best = min(ladders, key=lambda ladder: float(ladder.errors[rank]))
-            basis, fitted, error = alternating_fit(matrix, output, best.basis[..., :rank])
+            basis, fitted, error = alternating_fit(matrix, output, best(rank).basis[..., :rank])
             return Solution(_with_basis(weights, basis, fitted), error, norm)
 
         errors = torch.stack([ladder.errors for ladder in ladders]).amin(0)
