@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import mixed, randn
-from modegpt.decompositions.linalg import solve_psd, top_indices
+from modegpt.decompositions.linalg import conjugate_gradients, solve_psd, top_indices
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
@@ -111,3 +111,26 @@ def test_top_indices_breaks_many_ties_stably() -> None:
 
 def test_top_indices_works_along_the_last_axis() -> None:
     assert top_indices(torch.tensor([[1.0, 3.0, 2.0], [9.0, 8.0, 7.0]]), 2).tolist() == [[1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_as_many_steps_as_unknowns_solve_the_system(size: int) -> None:
+    factor = randn(4 * size + 4, size, seed=size)
+    matrix, rhs = factor.T @ factor, randn(size, 3)
+    found = conjugate_gradients(rhs, lambda x: matrix @ x, lambda x: x / matrix.diagonal()[:, None], 3 * size)
+    close(found, torch.linalg.solve(matrix, rhs), rtol=1e-8)
+
+
+def test_one_step_with_the_inverse_as_preconditioner_is_enough() -> None:
+    factor = randn(30, 5)
+    matrix, rhs = factor.T @ factor, randn(5, 2)
+    answer = torch.linalg.solve(matrix, rhs)
+    close(
+        conjugate_gradients(rhs, lambda x: matrix @ x, lambda x: torch.linalg.solve(matrix, x), 1), answer, rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_where_there_is_nothing_to_gain_no_step_is_taken(flat: bool) -> None:
+    rhs = randn(4, 2) if flat else torch.zeros(4, 2, dtype=torch.float64)
+    assert not conjugate_gradients(rhs, lambda x: 0 * x if flat else x, lambda x: x, 5).any()

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from .elimination import regularised
-from .linalg import cholesky_of_psd
+from .linalg import cholesky_of_psd, conjugate_gradients, inner_product
 
 #: Of conjugate gradients.
 STEPS = 4
@@ -93,14 +93,14 @@ def gated_fit(rows: GatedRows, output: torch.Tensor, matrix: torch.Tensor, steps
 
     adjusted = _output_direction(rows, seen, output, matrix, change)
     length, left = _along(left, channels @ adjusted)
-    before, after = _dot(unseen.residual, unseen.residual), _dot(left, left)
+    before, after = inner_product(unseen.residual, unseen.residual), inner_product(left, left)
     return GatedFit(change, length * adjusted, min(1.0, after / before) if before > 0 else 1.0)
 
 
 def _along(residual: torch.Tensor, move: torch.Tensor) -> tuple[float, torch.Tensor]:
     """How far to go so that the least of ``residual`` is left, never backwards, and what is left."""
-    size = _dot(move, move)
-    length = max(0.0, _dot(residual, move) / size) if size > 0 else 0.0
+    size = inner_product(move, move)
+    length = max(0.0, inner_product(residual, move) / size) if size > 0 else 0.0
     return length, residual - length * move
 
 
@@ -119,20 +119,14 @@ def _direction(rows: GatedRows, seen: torch.Tensor, output: torch.Tensor, steps:
     root_x = cholesky_of_psd(regularised(gram.double(), RIDGE))
     root_g = cholesky_of_psd(regularised(squares / max(1, len(some.inputs)), RIDGE))
 
-    found, direction, last = torch.zeros_like(slope), torch.zeros_like(slope), 1.0
-    for _ in range(steps):
-        step = _preconditioned(slope, root_x, root_g)
-        size = _dot(slope, step)
-        if not size > 0:
-            break
-        direction = step + direction * (size / last)
-        change = scale * _adjoint(some, output, (some.gates * (some.inputs @ direction)) @ output)
-        curvature = _dot(direction, change)
-        if not curvature > 0:
-            break
-        length = size / curvature
-        found, slope, last = found + length * direction, slope - length * change, size
-    return found
+    def products(direction: torch.Tensor) -> torch.Tensor:
+        return scale * _adjoint(some, output, (some.gates * (some.inputs @ direction)) @ output)
+
+    def preconditioned(direction: torch.Tensor) -> torch.Tensor:
+        half = torch.cholesky_solve(direction.double(), root_x)
+        return torch.cholesky_solve(half.mT, root_g).mT.to(slope.dtype)
+
+    return conjugate_gradients(slope, products, preconditioned, steps)
 
 
 def _output_direction(
@@ -151,12 +145,3 @@ def _output_direction(
 def _adjoint(rows: GatedRows, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """X^T (G o (R W_D'^T))."""
     return rows.inputs.mT @ (rows.gates * (residual @ output.mT))
-
-
-def _preconditioned(slope: torch.Tensor, root_x: torch.Tensor, root_g: torch.Tensor) -> torch.Tensor:
-    half = torch.cholesky_solve(slope.double(), root_x)
-    return torch.cholesky_solve(half.mT, root_g).mT.to(slope.dtype)
-
-
-def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one * other).sum(dtype=torch.float64))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -74,6 +76,38 @@ def cholesky_of_psd(matrix: torch.Tensor) -> torch.Tensor:
         root = vectors * torch.maximum(values, least).sqrt().unsqueeze(-2)
         lower = torch.linalg.qr(root.mT, mode="r").R.mT
     return lower
+
+
+def conjugate_gradients(
+    slope: torch.Tensor,
+    products: Callable[[torch.Tensor], torch.Tensor],
+    preconditioned: Callable[[torch.Tensor], torch.Tensor],
+    steps: int,
+) -> torch.Tensor:
+    """Towards X with A X = B = ``slope``, from zero, for a positive semi-definite A that only its ``products`` tell.
+
+    ``preconditioned`` applies an approximate inverse of A. Any shape and dtype; sums are float64. Fewer than ``steps``
+    where B or the curvature along a step is zero.
+    """
+    found, direction, last = torch.zeros_like(slope), torch.zeros_like(slope), 1.0
+    for _ in range(steps):
+        step = preconditioned(slope)
+        size = inner_product(step, slope)
+        if not size > 0:
+            break
+        direction = step + direction * (size / last)
+        change = products(direction)
+        curvature = inner_product(direction, change)
+        if not curvature > 0:
+            break
+        length = size / curvature
+        found, slope, last = found + length * direction, slope - length * change, size
+    return found
+
+
+def inner_product(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The sum of the elementwise products, in float64."""
+    return float((one * other).sum(dtype=torch.float64))
 
 
 def inverse_diagonal(factor: torch.Tensor, block: int = 512) -> torch.Tensor:

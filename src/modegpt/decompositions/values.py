@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .linalg import cholesky_of_psd
+from .linalg import cholesky_of_psd, conjugate_gradients
 
 #: Of :func:`alternating_fit`: what further rounds gain is hundredths of what these do.
 ROUNDS = 8
@@ -157,20 +157,11 @@ class _Alternation:
             return self._of_groups(torch.einsum("ahbk,bkaj->ahj", self._times(p), square))
 
         slope = self._of_groups(self._moment @ parts.mT) - products(basis)
-        found, direction, last = torch.zeros_like(basis), torch.zeros_like(basis), 1.0
-        for _ in range(STEPS):
-            half = torch.cholesky_solve(torch.cholesky_solve(slope, self._root).mT, scale).mT
-            size = float((half * slope).sum())
-            if not size > 0:
-                break
-            direction = half + direction * (size / last)
-            change = products(direction)
-            curvature = float((direction * change).sum())
-            if not curvature > 0:
-                break
-            length = size / curvature
-            found, slope, last = found + length * direction, slope - length * change, size
-        return found
+
+        def preconditioned(p: torch.Tensor) -> torch.Tensor:
+            return torch.cholesky_solve(torch.cholesky_solve(p, self._root).mT, scale).mT
+
+        return conjugate_gradients(slope, products, preconditioned, STEPS)
 
     def _times(self, basis: torch.Tensor) -> torch.Tensor:
         """A P, every head's columns with its group's part: (H, h, H, k)."""
