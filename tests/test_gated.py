@@ -12,7 +12,7 @@ from helpers import tiny_llama
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.decompositions import GatedRows, gated, gated_fit
-from modegpt.decompositions.gated import HELD_OUT
+from modegpt.decompositions.gated import CURVATURE_ROWS, HELD_OUT, split_rows
 from modegpt.engine import compress_model
 from modegpt.families import family_of
 from modegpt.layout import is_gated
@@ -50,8 +50,30 @@ def left(rows: GatedRows, output: torch.Tensor, change: torch.Tensor, turned: to
     return float((result if turned is None else result - (rows.channels + thin) @ turned).square().sum())
 
 
+def split(rows: GatedRows) -> tuple[torch.Tensor, torch.Tensor]:
+    return split_rows(len(rows.inputs), rows.inputs.device)
+
+
 def unseen(rows: GatedRows) -> GatedRows:
-    return rows.at(torch.arange(len(rows.inputs)) % HELD_OUT == HELD_OUT - 1)
+    return rows.at(split(rows)[1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 1000, 16384])
+def test_every_row_is_fitted_or_held_out(count: int) -> None:
+    seen, held = split_rows(count, torch.device("cpu"))
+    assert len(held) == count // HELD_OUT
+    assert torch.equal(torch.cat((seen, held)).sort().values, torch.arange(count))
+    assert all(torch.equal(*pair) for pair in zip((seen, held), split_rows(count, torch.device("cpu")), strict=True))
+
+
+@pytest.mark.parametrize("period", [64, 1000, 1024, 2048])
+def test_rows_of_a_period_are_fitted_and_held_out_alike(period: int) -> None:
+    """Such as the first tokens of windows: about as many as their number says are held out, and of the curvature."""
+    seen, held = split_rows(16384, torch.device("cpu"))
+    found = [int((part % period == 0).sum()) for part in (held, seen[:CURVATURE_ROWS])]
+    for count, share in zip(found, (1 / HELD_OUT, CURVATURE_ROWS / 16384), strict=True):
+        mean = 16384 / period * share
+        assert abs(count - mean) < 3 * mean**0.5
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -66,7 +88,7 @@ def test_a_correction_that_explains_the_residual_is_found(seed: int) -> None:
 def test_many_steps_come_to_the_solution_of_the_normal_equations(seed: int) -> None:
     """Where the residual has a part that nothing explains, of the rows that are fitted."""
     rows, output, wanted = problem(seed, noise=0.1)
-    seen = torch.arange(len(rows.inputs)) % HELD_OUT != HELD_OUT - 1
+    seen, _ = split(rows)
     # Column (i, j) of the design is what D_ij = 1 puts out: x_i g_j W_D[j].
     design = torch.einsum("ni,nj,je->neij", rows.inputs[seen], rows.gates[seen], output).flatten(2).flatten(0, 1)
     solution = torch.linalg.lstsq(design, rows.residual[seen].flatten()[:, None]).solution.view_as(wanted)
@@ -123,9 +145,9 @@ def test_what_is_not_finite_changes_nothing() -> None:
 
 def test_gates_that_are_closed_on_the_rows_of_the_curvature() -> None:
     rows, output, _ = problem(0, noise=1.0)
-    seen = (torch.arange(len(rows.inputs)) % HELD_OUT != HELD_OUT - 1).nonzero().flatten()
+    seen, _ = split(rows)
     with patch.object(gated, "CURVATURE_ROWS", 100):
-        rows.gates[seen[:: len(seen) // 100]] = 0
+        rows.gates[seen[:100]] = 0
         fit = gated_fit(rows, output, gram(rows))
     assert fit.change.isfinite().all()
     assert fit.share <= 1

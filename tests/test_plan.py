@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import compress_arguments, random_text, run_cli, run_process, tiny_llama
 from modegpt.config import CompressionConfig, RunConfig
-from modegpt.costs import Sizes, elimination_bytes, forward_flops, gram_flops, solve_bytes, spread
+from modegpt.costs import Sizes, elimination_bytes, forward_flops, gram_flops, solve_bytes, spread, value_fit_bytes
 from modegpt.data import TokenWindows
 from modegpt.engine import Engine, compress_model
 from modegpt.methods import ModeGPT
@@ -78,6 +78,7 @@ def test_arithmetic_is_within_a_fifth_of_what_is_counted(statistics: str, alloca
     model = tiny_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=4, attn_implementation="eager")
     windows = TokenWindows(torch.randint(0, 128, (24, 64), generator=torch.Generator().manual_seed(0)))
     settings = {"ratio": 0.3, "samples": 24, "sequence_length": 64, "statistics": statistics, "allocation": allocation}
+    settings |= {"temperature": 1.0}  # near uniform, as plans take it to be
     with FlopCounterMode(display=False) as counted:
         compress_model(model, windows, CompressionConfig.validated(**settings))
     config = RunConfig.validated(model="m", output="out", evaluate="none", **settings)
@@ -266,3 +267,32 @@ def greedy(gram, output, rank, ridge, _=0):
     script = greedy + script.replace("nystrom_decomposition(", "greedy(")
     measured = int(subprocess.run([sys.executable, "-c", script], **run).stdout)
     assert 0.6 * elimination_bytes(sizes) < measured < 1.2 * elimination_bytes(sizes)
+
+
+@pytest.mark.parametrize("rank", [13, 58])
+@pytest.mark.skipif(sys.platform != "linux", reason="measures a process's peak as Linux counts it")
+def test_what_fitting_values_holds_is_predicted(rank: int) -> None:
+    """The peak of a process that solves the values and outputs of a layer, over that of one that has its statistics."""
+    sizes = replace(LLAMA_7B, hidden=1024, intermediate=1, heads=24, groups=4, head=64)
+    script = f"""
+import re, torch
+from modegpt.methods import Greedy
+from modegpt.statistics import LayerStatistics
+from modegpt.weights import ValueOutputWeights
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+def solve(groups, heads, d, h, rank):
+    output, value = (torch.randn(groups, *shape, dtype=torch.float64) for shape in ((heads // groups, h, d), (d, h)))
+    z = torch.randn(500, heads * h, dtype=torch.float64)
+    statistics = LayerStatistics({{"head_outputs": z.T @ z, "value": value.mT @ value}})
+    del z
+    before = peak()
+    Greedy(1e-2).value_output(ValueOutputWeights(value, output, None), statistics).final(rank)
+    return peak() - before
+torch.manual_seed(0)
+solve(1, 2, 32, 8, 4)
+print(solve({sizes.groups}, {sizes.heads}, {sizes.hidden}, {sizes.head}, {rank}))
+"""
+    run = {"env": os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, "capture_output": True, "check": True}
+    measured = int(subprocess.run([sys.executable, "-c", script], **run).stdout)
+    assert 0.6 * value_fit_bytes(sizes) < measured < 1.2 * value_fit_bytes(sizes)

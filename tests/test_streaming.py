@@ -26,15 +26,15 @@ from helpers import mixed, randn, tiny_llama
 from modegpt.config import RunConfig
 from modegpt.costs import (
     Sizes,
-    alternation_flops,
     factor_flops,
     forward_flops,
     gated_fit_flops,
     gram_flops,
     layer_parameters,
+    value_fit_flops,
 )
 from modegpt.data import TokenWindows
-from modegpt.decompositions import alternating_fit, gated, group_bases, mean_blocks, regularised, values
+from modegpt.decompositions import gated, values
 from modegpt.engine import Engine
 from modegpt.errors import InvalidRequest
 from modegpt.families import family_of
@@ -46,7 +46,7 @@ from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.sources import ModelSource, empty_model
 from modegpt.statistics import GramSum, LayerStatistics, through_mlp
 from modegpt.stored import INDEX_FILE, WEIGHTS_FILE, SafetensorsDirectory
-from modegpt.weights import read_mlp
+from modegpt.weights import ValueOutputWeights, read_mlp
 
 CPU = torch.device("cpu")
 ROPE = {"rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -522,15 +522,20 @@ def test_costs_of_the_second_fit_are_about_the_counted_operations() -> None:
     assert gated_fit_flops(replace(sizes, gates=1), 800, 2 / 3) == 0
 
 
-def test_costs_of_values_and_outputs_in_turn_are_about_the_counted_operations() -> None:
-    sizes, rank = Sizes(layers=1, hidden=40, intermediate=1, heads=6, groups=2, head=16, gates=2), 12
-    matrix = mixed(400, 96)
-    matrix, output = regularised(matrix.T @ matrix, 1e-2), randn(2, 3, 16, 40, seed=1)
-    basis = group_bases(mean_blocks(matrix, output), output)[..., :rank]
+@pytest.mark.parametrize("rank", [5, 12])
+def test_costs_of_values_and_outputs_are_about_the_counted_operations(rank: int) -> None:
+    sizes = Sizes(layers=1, hidden=96, intermediate=1, heads=6, groups=2, head=16, gates=2)
+    weights = ValueOutputWeights(randn(2, 96, 16, seed=0), randn(2, 3, 16, 96, seed=1), None)
+    z = mixed(400, 96)
+    statistics = LayerStatistics(
+        {"head_outputs": z.T @ z, "value": (z.T @ z)[:32, :32].view(2, 16, 2, 16)[[0, 1], :, [0, 1]]}
+    )
     with FlopCounterMode(display=False) as counter:
-        alternating_fit(matrix, output, basis)
-    hidden = (1 + values.ROUNDS) * (72**3 / 3 + 2 * 72**2 * 40)
-    assert counter.get_total_flops() == pytest.approx(alternation_flops(sizes, rank / 16) - hidden, rel=0.1)
+        Greedy(1e-2).value_output(weights, statistics).final(rank)
+    width = 6 * rank
+    hidden = 3 * (96**3 / 3 + 96**2 * 96) + (2 + values.ROUNDS) * (width**3 / 3 + 2 * width**2 * 96)
+    expected = value_fit_flops(sizes, rank / 16) - hidden
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)
 
 
 def _of_product(_: Any, left: tuple[int, int], right: tuple[int, int], **__: Any) -> int:

@@ -160,9 +160,12 @@ def sampled_rows(sizes: Sizes, tokens: int) -> int:
     return min(tokens, SAMPLED_ROWS) if sizes.experts == 1 and sizes.gates == 2 else 0
 
 
-def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic], tokens: int) -> int:
-    """The float64 sums of one layer calibrated on so many ``tokens``, and what is kept of these in float32."""
-    rows = 4 * sampled_rows(sizes, tokens) * sizes.hidden if "mlp_rows" in wanted else 0
+def statistics_bytes(sizes: Sizes, wanted: Collection[Statistic], tokens: int, item: int) -> int:
+    """The float64 sums of one layer calibrated on so many ``tokens``, and the rows that are kept of these.
+
+    The rows are in the model's dtype, of ``item`` bytes.
+    """
+    rows = item * sampled_rows(sizes, tokens) * sizes.hidden if "mlp_rows" in wanted else 0
     return rows + 8 * (sum(_elements(sizes)[name] for name in wanted if name != "mlp_rows") + _normed(sizes, wanted))
 
 
@@ -187,12 +190,12 @@ def _elements(sizes: Sizes) -> dict[Statistic, int]:
     }
 
 
-def kept_bytes(sizes: Sizes, wanted: Collection[Statistic], tokens: int) -> int:
+def kept_bytes(sizes: Sizes, wanted: Collection[Statistic], tokens: int, item: int) -> int:
     """The same as :mod:`modegpt.kept` has it: in float32, of the largest sums about half."""
     m = sizes.intermediate
     below_diagonal = sizes.experts * (m**2 - round(_panel_flops(m) / 2)) if "mlp" in wanted else 0
-    sums = statistics_bytes(sizes, wanted, 0)
-    return statistics_bytes(sizes, wanted, tokens) - sums // 2 - 4 * below_diagonal
+    sums = statistics_bytes(sizes, wanted, 0, item)
+    return statistics_bytes(sizes, wanted, tokens, item) - sums // 2 - 4 * below_diagonal
 
 
 def elimination_bytes(sizes: Sizes) -> int:
@@ -238,10 +241,24 @@ def gated_fit_flops(sizes: Sizes, tokens: int, kept: float) -> float:
         return 0.0
     k, held = kept * m, rows / gated.HELD_OUT
     seen = rows - held
-    curved = seen / max(1, seen // gated.CURVATURE_ROWS)
+    curved = min(seen, gated.CURVATURE_ROWS)
     products = 6.0 * rows * d * m + 2 * rows * d * k + seen * (12 * d * k + 2 * d**2) + 6 * held * d * k
     factors = 2 * curved * k**2 + 4 * k**2 * d + (d**3 + 2 * k**3) / 3
     return products + factors + gated.STEPS * (8 * curved * d * k + 2 * d * k * (d + k))
+
+
+def value_fit_flops(sizes: Sizes, kept: float) -> float:
+    """Operations to fit values and outputs: the errors from three bases, a fit at one rank, and fits in turn."""
+    h, d, n = sizes.head, sizes.hidden, sizes.heads * sizes.head
+    errors = 4.0 * n**2 * h + n**3 / 3 + 3 * n**2 * d
+    bases = sizes.groups * (8 * h**3 + 3 * h**2 * sizes.heads // sizes.groups * d)
+    return 3 * errors + 2 * bases + 2.0 * n**2 * d + _output_map_flops(sizes, kept) + alternation_flops(sizes, kept)
+
+
+def value_fit_bytes(sizes: Sizes) -> int:
+    """What that holds at once besides the statistics and the layer: copies of the heads' correlation, in float64."""
+    n = sizes.heads * sizes.head
+    return 8 * (5 * n**2 + 3 * n * sizes.hidden)
 
 
 def alternation_flops(sizes: Sizes, kept: float) -> float:
@@ -249,10 +266,16 @@ def alternation_flops(sizes: Sizes, kept: float) -> float:
     h, d, n = sizes.head, sizes.hidden, sizes.heads * sizes.head
     k = kept * h
     width = sizes.heads * k
-    output_map = 2 * n * h * width + 2 * width**2 * h + 2 * n * k * d + width**3 / 3 + 2 * width**2 * d
     products = 2.0 * n * h * width + 2 * n * width * k
     step = 2 * width**2 * d + 2 * n * k * d + (1 + values.STEPS) * products
-    return 2.0 * n**2 * d + (1 + values.ROUNDS) * output_map + values.ROUNDS * step
+    return 2.0 * n**2 * d + (1 + values.ROUNDS) * _output_map_flops(sizes, kept) + values.ROUNDS * step
+
+
+def _output_map_flops(sizes: Sizes, kept: float) -> float:
+    h, d, n = sizes.head, sizes.hidden, sizes.heads * sizes.head
+    k = kept * h
+    width = sizes.heads * k
+    return 2 * n * h * width + 2 * width**2 * h + 2 * n * k * d + width**3 / 3 + 2 * width**2 * d
 
 
 def gated_fit_bytes(sizes: Sizes, tokens: int, kept: float) -> int:
@@ -262,7 +285,7 @@ def gated_fit_bytes(sizes: Sizes, tokens: int, kept: float) -> int:
     float64 the correlation of what stays with its factors, and a few matrices of the maps' size.
     """
     rows, d = sampled_rows(sizes, tokens), sizes.hidden
-    k, again = kept * sizes.intermediate, min(rows, 2 * gated.CURVATURE_ROWS) + rows / gated.HELD_OUT
+    k, again = kept * sizes.intermediate, min(rows, gated.CURVATURE_ROWS) + rows / gated.HELD_OUT
     return round(8 * (rows + again) * (k + d) + 8 * (5 * k**2 + 4 * d**2 + 4 * d * k)) if rows else 0
 
 

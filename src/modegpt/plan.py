@@ -289,7 +289,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
     """What is held where the model runs: the rest of the model, layers, and the larger of what is done with one."""
     batch = min(config.batch_size, config.samples) * config.sequence_length
     tokens = config.samples * config.sequence_length
-    statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics, tokens)
+    statistics = statistics_bytes(shape.sizes, METHODS[config.method].statistics, tokens, shape.item)
     forward = statistics + forward_bytes(shape.sizes, batch, shape.item)
     # Where the layers differ, the one that loses least is taken to lose half of the average.
     kept = 1 - _ratio(config) if config.allocation == "uniform" else 1 - _ratio(config) / 2
@@ -309,7 +309,7 @@ def _model_parts(config: RunConfig, shape: Shape) -> list[Part]:
 
 def _disk(config: RunConfig, shape: Shape) -> list[Part]:
     tokens = config.samples * config.sequence_length
-    kept = shape.sizes.layers * kept_bytes(shape.sizes, METHODS[config.method].statistics, tokens)
+    kept = shape.sizes.layers * kept_bytes(shape.sizes, METHODS[config.method].statistics, tokens, shape.item)
     statistics = [Part(name="statistics", bytes=kept)] if _profiles(config) else []
     if isinstance(config, ProfileConfig):
         return statistics
@@ -402,7 +402,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     if method.statistics and not dense_kept:
         phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     finish = sizes.layers * method.finish_flops(sizes, config.samples * window, kept)
-    phases.append(phase("solve", solve=solve, forward=finish))  # whose products are like those of a forward pass
+    phases.append(phase("solve", solve=solve, gram=finish))  # which is products of rows in float32 as well
     if method.statistics and config.statistics == "sequential" and not method.one_pass:
         # The last layer's outputs are nobody's inputs.
         phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ def _time_layer(
         for _ in range(_TIMES):
             with clock("sample"):
                 model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
-    statistics = collector.result(Workers())
+    statistics = replace(collector.result(Workers()), rows=None)  # what they are for is no part of the rate
     of_mlp = statistics.of_expert(0) if experts and "mlp" in method.statistics else statistics
     enough = config.samples * config.sequence_length >= sizes.intermediate
     if "mlp" in method.statistics and enough and sizes.intermediate > batch.tokens // (2 * sizes.experts):
@@ -117,7 +117,7 @@ def _time_layer(
                     principal_directions(statistics[name])
             elif module != "layer":
                 part = (module, 0 if experts and module == "mlp" else None)
-                solver.ladder(part, method, layer, statistics).at(rank(shape.full))
+                solver.ladder(part, method, layer, statistics).final(rank(shape.full))
     return seconds
 
 

@@ -19,7 +19,7 @@ from .outliers import outlier_share
 from .principal import PrincipalDirections, principal_directions
 from .selection import selection_losses
 from .svd import SVDDecomposition, balance, svd_decomposition
-from .values import ValueLadder, alternating_fit, energy_bases, group_bases, mean_blocks, value_ladder
+from .values import alternating_fit, energy_bases, group_bases, mean_blocks, output_fit, value_errors
 
 __all__ = [
     "CRDecomposition",
@@ -31,7 +31,6 @@ __all__ = [
     "NystromDecomposition",
     "PrincipalDirections",
     "SVDDecomposition",
-    "ValueLadder",
     "activation_scales",
     "alternating_fit",
     "balance",
@@ -52,6 +51,7 @@ __all__ = [
     "norm_energy",
     "nystrom_decomposition",
     "outlier_share",
+    "output_fit",
     "principal_directions",
     "refit",
     "regularised",
@@ -63,7 +63,7 @@ __all__ = [
     "svd_decomposition",
     "top_indices",
     "unit_channels",
-    "value_ladder",
+    "value_errors",
     "weight_energies",
     "whitening",
     "with_pseudo_tokens",

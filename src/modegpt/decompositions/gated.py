@@ -32,7 +32,7 @@ from .linalg import cholesky_of_psd, conjugate_gradients, inner_product
 STEPS = 4
 #: One row of so many is kept from the fits.
 HELD_OUT = 16
-#: Rows of the curvature: so many, or nearly twice that, or all where there are fewer.
+#: Rows of the curvature, at most.
 CURVATURE_ROWS = 4096
 #: Of the two factors of the preconditioner.
 RIDGE = 1e-2
@@ -78,13 +78,13 @@ def gated_fit(rows: GatedRows, output: torch.Tensor, matrix: torch.Tensor, steps
     """D and E for W_D' = ``output`` (k, e), in the dtype of the rows.
 
     ``matrix`` A_SS (k, k), float64, is positive definite; its scale does not matter, as the length of E is looked for.
-    The last of every ``HELD_OUT`` rows are held out, and a correction that does not help there is zero; so are both
-    where a row is not finite.
+    Of every ``HELD_OUT`` rows one is held out, and a correction that does not help there is zero; so are both where a
+    row is not finite.
     """
     if not rows.are_finite():
         return GatedFit(output.new_zeros(rows.inputs.shape[1], len(output)), torch.zeros_like(output), 1.0)
-    held = torch.arange(len(rows.inputs), device=rows.inputs.device) % HELD_OUT == HELD_OUT - 1
-    seen, unseen = (~held).nonzero().flatten(), rows.at(held)
+    seen, held = split_rows(len(rows.inputs), rows.inputs.device)
+    unseen = rows.at(held)
 
     change = _direction(rows, seen, output, steps)
     thin = unseen.gates * (unseen.inputs @ change)
@@ -95,6 +95,16 @@ def gated_fit(rows: GatedRows, output: torch.Tensor, matrix: torch.Tensor, steps
     length, left = _along(left, channels @ adjusted)
     before, after = inner_product(unseen.residual, unseen.residual), inner_product(left, left)
     return GatedFit(change, length * adjusted, min(1.0, after / before) if before > 0 else 1.0)
+
+
+def split_rows(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of ``count`` rows are fitted and which are held out, both in a random order, always the same.
+
+    Rows follow the text, so that one in so many could be the first of every window, or of none.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)
+    held = count // HELD_OUT
+    return order[held:], order[:held]
 
 
 def _along(residual: torch.Tensor, move: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -112,8 +122,7 @@ def _direction(rows: GatedRows, seen: torch.Tensor, output: torch.Tensor, steps:
         some = rows.at(part)
         slope += _adjoint(some, output, some.residual)
         gram += some.inputs.mT @ some.inputs
-    stride = max(1, len(seen) // CURVATURE_ROWS)
-    some = rows.at(seen[::stride])
+    some = rows.at(seen[:CURVATURE_ROWS])
     scale = len(seen) / max(1, len(some.inputs))  # of a sum over some to that over all
     squares = (some.gates.mT @ some.gates).double() * (output @ output.mT).double()
     root_x = cholesky_of_psd(regularised(gram.double(), RIDGE))

@@ -14,8 +14,6 @@ problem as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from .linalg import cholesky_of_psd, conjugate_gradients
@@ -26,28 +24,6 @@ ROUNDS = 8
 STEPS = 2
 #: How far P goes of what they find. Up to 2, J falls all along: they minimise it on the line that they end on.
 OVER = 1.7
-
-
-@dataclass(frozen=True)
-class ValueLadder:
-    """Bases and output maps of every rank at once."""
-
-    basis: torch.Tensor
-    """P of every group: (G, h, h) float64; rank k takes the first k columns."""
-    factor: torch.Tensor
-    """L with L L^T = P^T A P: (h H, h H), rank-major, so that its first k H rows belong to rank k."""
-    projected: torch.Tensor
-    """L^-1 P^T A W_o: (h H, d)."""
-    errors: torch.Tensor
-    """J at ranks 0, 1, ..., h: (h + 1,)."""
-
-    def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """P (G, h, k) and W_o' (G, g, k, d) of ``rank`` k."""
-        groups, h, _ = self.basis.shape
-        heads = len(self.factor) // h
-        size = rank * heads
-        output = torch.linalg.solve_triangular(self.factor[:size, :size].mT, self.projected[:size], upper=True)
-        return self.basis[..., :rank], output.view(rank, groups, heads // groups, -1).permute(1, 2, 0, 3)
 
 
 def group_bases(blocks: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -82,12 +58,12 @@ def mean_blocks(matrix: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     return mean
 
 
-def value_ladder(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor) -> ValueLadder:
-    """Every rank's best W_o' for the given ``basis`` (G, h, h).
+def value_errors(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """J at ranks 0, 1, ..., h, (h + 1,), of the first columns of the given ``basis`` (G, h, h) with the best W_o'.
 
     ``matrix`` is A (H h, H h), positive definite, ``output`` W_o (G, g, h, d); all float64. With the columns of P
-    sorted by rank first, one Cholesky factor holds those of all ranks, and the error of rank k is what the rows
-    of L^-1 P^T A W_o after the first k H still explain.
+    sorted by rank first, one Cholesky factor L of P^T A P holds those of all ranks, and the error of rank k is what the
+    rows of L^-1 P^T A W_o after the first k H still explain.
     """
     groups, per_group, h, d = output.shape
     heads = groups * per_group
@@ -99,8 +75,13 @@ def value_ladder(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor
     moment = rotated.flatten(0, 1) @ output.reshape(heads * h, d)  # P^T A W_o
     projected = torch.linalg.solve_triangular(factor, moment, upper=False)
     explained = projected.square().sum(1).view(h, heads).sum(1)
-    errors = torch.cat((explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)))
-    return ValueLadder(basis, factor, projected, errors)
+    return torch.cat((explained.flip(0).cumsum(0).flip(0), explained.new_zeros(1)))
+
+
+def output_fit(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The best W_o' (G, g, k, d) for P = ``basis`` (G, h, k), see :func:`value_errors`."""
+    fitted, _ = _Alternation(matrix, output).output_map(basis)
+    return fitted
 
 
 def alternating_fit(

@@ -158,7 +158,7 @@ class Method(ABC):
         return costs.solve_flops(module, sizes, kept)
 
     def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
-        """Operations to finish a layer that was calibrated on so many ``tokens``, see :meth:`Ladder.final`."""
+        """Operations on the rows of a layer that was calibrated on so many ``tokens``, see :meth:`Ladder.final`."""
         return 0.0
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:

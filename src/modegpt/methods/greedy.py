@@ -13,7 +13,6 @@ from .. import costs
 from ..budget import Module
 from ..decompositions import (
     GatedRows,
-    ValueLadder,
     alternating_fit,
     balance,
     channel_scores,
@@ -24,12 +23,13 @@ from ..decompositions import (
     kept_coefficients,
     logit_ladder,
     mean_blocks,
+    output_fit,
     refit,
     regularised,
     ridge_leverage_scores,
     selection_ladder,
     top_indices,
-    value_ladder,
+    value_errors,
     weight_energies,
 )
 from ..statistics import LayerStatistics
@@ -71,21 +71,22 @@ class Greedy(Ridged, ChannelMethod):
         return type(self)(self.ridge, choice.pairs)
 
     def solve_bytes(self, sizes: costs.Sizes, tokens: int, kept: float) -> int:
-        """Of the elimination, the fit at one rank and the second fit of the MLP, what is most."""
-        fits = costs.solve_bytes(sizes, tokens, kept), costs.gated_fit_bytes(sizes, tokens, kept)
-        return max(costs.elimination_bytes(sizes), *fits)
+        """The most of the MLP's elimination, its fit at one rank and its second fit, and of the values' fit."""
+        mlp = costs.solve_bytes(sizes, tokens, kept), costs.gated_fit_bytes(sizes, tokens, kept)
+        return max(costs.elimination_bytes(sizes), costs.value_fit_bytes(sizes), *mlp)
 
     def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
-        """Of the MLP the elimination, and the fits and scores at one rank."""
+        """Of the MLP the elimination, and the fits and scores at one rank; of the values their fits, also the last."""
+        if module == "vo":
+            return costs.value_fit_flops(sizes, kept)
         if module != "mlp":
             return costs.solve_flops(module, sizes, kept)
         scores = costs.factor_flops(sizes.intermediate)  # of the paper's choice
         return costs.elimination_flops(sizes) + scores + 2 * costs.refit_flops(sizes, kept)
 
     def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
-        """The second fit of the MLP, and that of values and outputs in turn."""
-        mlp = costs.gated_fit_flops(sizes, tokens, kept) if kept <= WORTH else 0.0
-        return mlp + costs.alternation_flops(sizes, kept)
+        """The second fit of the MLP."""
+        return costs.gated_fit_flops(sizes, tokens, kept) if kept <= WORTH else 0.0
 
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""
@@ -164,35 +165,35 @@ class Greedy(Ridged, ChannelMethod):
 
         Of what the heads put out by appendix B.1, and of the values themselves as the paper does.
         """
-        gram, output = statistics["head_outputs"], weights.output
+        gram, output, inputs = statistics["head_outputs"], weights.output, statistics["value"]
         matrix = regularised(gram, self.ridge)
-        blocks, inputs = mean_blocks(matrix, output), statistics["value"]
+        blocks = mean_blocks(matrix, output)
         papers = group_bases(inputs, output) if output.shape[1] == 1 else energy_bases(inputs)
-        starts = group_bases(blocks, output), energy_bases(blocks), papers
-        ladders = [value_ladder(matrix, output, basis) for basis in starts]
-        full = output.shape[-2]
-        stacked = output.flatten(0, 2)
+        starts = torch.stack((group_bases(blocks, output), energy_bases(blocks), papers))
+        errors = torch.stack([value_errors(matrix, output, basis) for basis in starts])
+        full, stacked = output.shape[-2], output.flatten(0, 2)
         norm = float((stacked * (gram @ stacked)).sum())
 
-        def best(rank: int) -> ValueLadder:
-            return min(ladders, key=lambda ladder: float(ladder.errors[rank]))
+        def start(rank: int) -> torch.Tensor:
+            return starts[errors[:, rank].argmin()][..., :rank]
 
         def at(rank: int) -> Solution[ValueOutputWeights]:
             if rank == full:
                 return Solution(weights, 0.0, norm)
-            ladder = best(rank)
-            return Solution(_with_basis(weights, *ladder.at(rank)), float(ladder.errors[rank]), norm)
+            basis = start(rank)
+            fitted = output_fit(regularised(gram, self.ridge), output, basis)  # made again rather than held
+            return Solution(_with_basis(weights, basis, fitted), float(errors[:, rank].min()), norm)
 
         def finished(solution: Solution[ValueOutputWeights]) -> Solution[ValueOutputWeights]:
             rank = solution.weights.output.shape[-2]
             if rank == full:
                 return solution
-            basis, fitted, error = alternating_fit(matrix, output, best(rank).basis[..., :rank])
+            basis, fitted, error = alternating_fit(regularised(gram, self.ridge), output, start(rank))
             return Solution(_with_basis(weights, basis, fitted), error, norm)
 
-        errors = torch.stack([ladder.errors for ladder in ladders]).amin(0)
-        errors[0] = norm
-        return Ladder(full, at, errors, finished)
+        least = errors.amin(0)
+        least[0] = norm
+        return Ladder(full, at, least, finished)
 
 
 def _quadratic(features: torch.Tensor, target: torch.Tensor) -> float:
