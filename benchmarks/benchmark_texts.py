@@ -111,6 +111,14 @@ def model_sha256(address: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else path.name
 
 
+def weights_sha256(checkpoint: Path) -> str:
+    """Of the weights of a compressed ``checkpoint``, one file after the other."""
+    digest = hashlib.sha256()
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def perplexities(model: PreTrainedModel, texts: Mapping[str, TokenWindows]) -> dict[str, float]:
     """That of ``model`` on each of ``texts``."""
     return {name: round(perplexity(model, windows), 4) for name, windows in texts.items()}

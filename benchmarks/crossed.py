@@ -28,7 +28,7 @@ from modegpt.layered import resident
 from modegpt.mixture import interleave
 from modegpt.profile import probe_windows
 from modegpt.sources import ModelSource
-from results_file import RESULTS, header, table, write
+from results_file import RESULTS, header, previous_rows, table, write
 
 METHODS: dict[str, dict[str, Any]] = {"greedy": {}, "modegpt": {"temperature": 0.03}}
 ALL = "all"
@@ -58,10 +58,8 @@ def main() -> None:
     results |= {"model_sha256": model_sha256(arguments.model), "seed": 0, "ratio": arguments.ratio}
     results["calibration_sha256"] = {name: windows.sha256() for name, (windows, _) in calibrations.items()}
     results["tokens_sha256"] = {name: windows.sha256() for name, windows in texts.items()}
-    previous = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
-    same = all(previous.get(key) == value for key, value in results.items() if key != "machine")
+    results["rows"] = rows = previous_rows(arguments.output, results, results.keys() - {"machine"})
     results["dense"] = perplexities(model, texts)
-    results["rows"] = rows = previous["rows"] if same else []
     for name, (windows, probe) in calibrations.items():
         engine = Engine(resident(model), windows, batch_size=1, probe=probe)
         with engine.active():

@@ -15,7 +15,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from benchmark_texts import command_of, parser_of_texts, perplexities, prepared
@@ -25,7 +24,7 @@ from modegpt.engine import Engine
 from modegpt.layered import resident
 from modegpt.methods import Greedy, ModeGPT
 from modegpt.methods.base import Solver
-from results_file import RESULTS, header, table, write
+from results_file import RESULTS, header, previous_rows, table, write
 
 SOLVERS: dict[str, Module] = {"Type I": "mlp", "Type II": "qk", "Type III": "vo"}
 FINISH = "second fit"
@@ -83,8 +82,8 @@ def main() -> None:
     results: dict[str, Any] = header(parser, arguments, vars(arguments))
     results["command"] = command_of(arguments, "benchmarks/gains.py", given.calibration)
     hashes = {name: windows.sha256() for name, windows in given.texts.items()}
-    results |= {"calibration": given.calibration.model_dump(), "tokens_sha256": hashes, "rows": []}
-    results["rows"] = rows = previous_rows(arguments.output, results)
+    results |= {"calibration": given.calibration.model_dump(), "tokens_sha256": hashes}
+    results["rows"] = rows = previous_rows(arguments.output, results, ("versions", "calibration", "tokens_sha256"))
     ratios = sorted({*arguments.ratios, *(row["ratio"] for row in rows)})
     results["command"] += f" --ratios {' '.join(map(str, ratios))}"
     results["dense"] = perplexities(given.model, given.texts)
@@ -124,16 +123,6 @@ def place(row: Mapping[str, Any]) -> int:
     """Where among the ``STEPS`` a row belongs, whenever it was measured; last where it is of none."""
     step = (tuple(row["ours"]), row["ridge"], row["allocation"], row["temperature"])
     return STEPS.index(step) if step in STEPS else len(STEPS)
-
-
-def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run, if it was the same but for its ratios."""
-    if not path.is_file():
-        return []
-    previous = json.loads(path.read_text())
-    command, _, _ = previous.get("command", "").partition(" --ratios ")
-    same = all(previous.get(key) == results[key] for key in ("versions", "calibration", "tokens_sha256"))
-    return list(previous["rows"]) if same and command == results["command"] else []
 
 
 def text_of(results: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from modegpt.exports.stock import stock_model
 from modegpt.layered import resident
 from modegpt.report import build_report
 from modegpt.sources import ModelSource
-from results_file import RESULTS, header, table, write
+from results_file import RESULTS, header, previous_rows, table, write
 
 #: The profile and the alignment of ranks.
 SETTINGS = (("full", 1), ("full", 8), ("gguf", 1), ("stock", 1))
@@ -50,7 +50,8 @@ def main() -> None:
     results |= {"model_sha256": model_sha256(arguments.model), "calibration": given.calibration.model_dump(), "seed": 0}
     results["tokens_sha256"] = {name: windows.sha256() for name, windows in given.texts.items()}
     results["dense"] = {"perplexity": perplexities(given.model, given.texts), **sizes(given.model)}
-    results["rows"] = previous_rows(arguments.output, results)
+    same = ("command", "versions", "model_sha256", "calibration", "tokens_sha256")
+    results["rows"] = previous_rows(arguments.output, results, same)
     engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
     with engine.active():
         for ratio, (profile, align) in itertools.product(arguments.ratios, SETTINGS):
@@ -69,14 +70,6 @@ def main() -> None:
             results["rows"].append(row)
             print(json.dumps(row), flush=True)
             write(results, arguments.output, text_of(results))
-
-
-def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run, if it was the same."""
-    previous = json.loads(path.read_text()) if path.is_file() else {}
-    keys = ("command", "versions", "model_sha256", "calibration", "tokens_sha256")
-    same = all(previous.get(key) == results[key] for key in keys)
-    return list(previous["rows"]) if same else []
 
 
 def checkpoint_name(row: dict[str, Any]) -> str:

@@ -6,13 +6,14 @@ The checkpoints are what ``profiles.py`` writes; the dense model is beside them.
 the table has the size of the file and the perplexity with the weights of the file; activations are float32, while
 llama.cpp rounds those that enter quantised matrices to 8 bits as well. ``--k-quants`` needs llama.cpp's llama-quantize.
 Writes ``results/quantised.json`` and ``results/quantised.md`` after every row; started again, it goes on with the
-models and types that are missing.
+models and types that are missing, or of other weights.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,22 @@ import torch
 from transformers import PreTrainedModel
 
 import modegpt
-from benchmark_texts import TEST, evaluation_texts, model_sha256, named_files, parser_of_texts, perplexities
+from benchmark_texts import (
+    TEST,
+    evaluation_texts,
+    model_sha256,
+    named_files,
+    parser_of_texts,
+    perplexities,
+    weights_sha256,
+)
 from modegpt.exports.gguf_file import from_gguf, write_gguf
 from modegpt.exports.gguf_tokenizer import TokenizerFields, tokenizer_fields
 from modegpt.exports.k_quants import check_quantizer
 from modegpt.exports.plain import PlainDecoder
 from modegpt.exports.stock import stock_model
 from modegpt.sources import ModelSource
-from results_file import RESULTS, header, table, write
+from results_file import RESULTS, header, previous_rows, table, write
 
 KINDS = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 K_KINDS = ("q6_k", "q5_k_m", "q4_k_m")
@@ -53,28 +62,24 @@ def main() -> None:
     results["command"] += f" --test {Path(arguments.test).name}" + " --k-quants" * arguments.k_quants
     if files:
         results["command"] += " --texts " + " ".join(f"{name}={Path(file).name}" for name, file in files.items())
+    results["versions"] |= {"gguf": version("gguf")}
     results["model_sha256"] = model_sha256(arguments.model)
     results["tokens_sha256"] = {name: windows.sha256() for name, windows in texts.items()}
-    results["rows"] = previous_rows(arguments.output, results)
+    results["rows"] = previous_rows(arguments.output, results, ("versions", "model_sha256", "tokens_sha256"))
     dense = source.model("float32")
     fields = tokenizer_fields(tokenizer, dense.config.vocab_size)
     for name, path in {"dense": None, **{path.name: path for path in arguments.compressed}}.items():
         model = dense if path is None else modegpt.load(path, dtype="float32")
+        weights = results["model_sha256"] if path is None else weights_sha256(path)
         for kind in (*KINDS, *(K_KINDS if arguments.k_quants else ())):
-            if any((row["model"], row["type"]) == (name, kind) for row in results["rows"]):
+            row: dict[str, Any] = {"model": name, "type": kind, "weights_sha256": weights}
+            if any(known.items() >= row.items() for known in results["rows"]):
                 continue
             size, as_written = rounded(model, kind, fields)
-            row: dict[str, Any] = {"model": name, "type": kind, "bytes": size}
-            results["rows"].append(row | {"perplexity": perplexities(as_written, texts)})
+            older = [known for known in results["rows"] if (known["model"], known["type"]) != (name, kind)]
+            results["rows"] = [*older, row | {"bytes": size, "perplexity": perplexities(as_written, texts)}]
             print(json.dumps(results["rows"][-1]), flush=True)
             write(results, arguments.output, text_of(results))
-
-
-def previous_rows(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run on the same model and texts."""
-    previous = json.loads(path.read_text()) if path.is_file() else {}
-    same = all(previous.get(key) == results[key] for key in ("versions", "model_sha256", "tokens_sha256"))
-    return list(previous["rows"]) if same else []
 
 
 def rounded(model: PreTrainedModel, kind: str, fields: TokenizerFields) -> tuple[int, PreTrainedModel]:

@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ def header(parser: argparse.ArgumentParser, arguments: argparse.Namespace, place
             "memory_bytes": psutil.virtual_memory().total,
         },
     }
+
+
+def previous_rows(path: Path, results: Mapping[str, Any], keys: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier run, if its ``keys`` were the same as those of ``results``."""
+    previous = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(previous.get(key) == results[key] for key in keys)
+    return list(previous["rows"]) if same else []
 
 
 def write(results: dict[str, Any], path: Path, text: str) -> None:

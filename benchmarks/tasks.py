@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from benchmark_texts import default_model
+from benchmark_texts import default_model, weights_sha256
 from modegpt.comparison import ModelScores, compare, facts_of
 from modegpt.tasks import Tasks, degradation, mean
 from results_file import RESULTS, header, table, write
@@ -39,6 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     results: dict[str, Any] = header(parser, arguments, ("dense", "compressed", "task_data", "output"))
+    results["weights_sha256"] = {Path(one).name: weights_sha256(Path(one)) for one in arguments.compressed}
     known = previous_scores(arguments.output, results)
     results["command"] += f" --compressed {' '.join(f'DIR/{Path(one).name}' for one in arguments.compressed)}"
     results["command"] += " --task-data DATA" if arguments.task_data else ""
@@ -60,12 +61,16 @@ def main() -> None:
 
 
 def previous_scores(path: Path, results: dict[str, Any]) -> dict[str, ModelScores]:
-    """What an earlier run measured of which model, if it asked the same."""
+    """What an earlier run measured of which model, if it asked the same: of those with the same weights."""
     previous = json.loads(path.read_text()) if path.is_file() else {"command": "", "versions": {}}
     asked = previous["command"].partition(" --compressed ")[0]
     if (asked, previous["versions"]) != (results["command"], results["versions"]):
         return {}
-    return {one["model"]: TypeAdapter(ModelScores).validate_python(one) for one in previous["models"]}
+    weights, now = previous.get("weights_sha256", {}), results["weights_sha256"]
+    changed = {name for name in now if weights.get(name) != now[name]}
+    results["weights_sha256"] = weights | now
+    kept = [one for one in previous["models"] if one["model"] not in changed]
+    return {one["model"]: TypeAdapter(ModelScores).validate_python(one) for one in kept}
 
 
 def text_of(scores: list[ModelScores], limit: int | None) -> str:

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import modegpt
@@ -412,6 +414,25 @@ def test_sizes_and_perplexities_of_rounded_models(
     again = json.loads((tmp_path / "quantised.json").read_text())["rows"]
     assert again[:4] == results["rows"]
     assert len(again) == 6
+    replaced = with_other_weights(checkpoints[1] / "gguf-20", tmp_path / "gguf-20")
+    monkeypatch.setattr(
+        sys, "argv", [str(replaced) if word == str(checkpoints[1] / "gguf-20") else word for word in sys.argv]
+    )
+    quantised.main()
+    assert [json.loads(line)["model"] for line in capsys.readouterr().out.splitlines()] == ["gguf-20", "gguf-20"]
+    changed = json.loads((tmp_path / "quantised.json").read_text())["rows"]
+    assert [(row["model"], row["type"]) for row in changed[-2:]] == [("gguf-20", "f16"), ("gguf-20", "q4_0")]
+    assert len(changed) == 6
+
+
+def with_other_weights(checkpoint: Path, copy: Path) -> Path:
+    """A ``copy`` of the checkpoint with one weight changed."""
+    shutil.copytree(checkpoint, copy)
+    weights = copy / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return copy
 
 
 def test_speed_is_measured_of_all_checkpoints(
@@ -458,6 +479,12 @@ def test_tasks_are_put_to_all_checkpoints(
     more = json.loads((tmp_path / "tasks.json").read_text())["models"]
     assert more[:2] == results["models"]
     assert more[2]["model"] == "gguf-20"
+    replaced = with_other_weights(checkpoints[1] / "full-20", tmp_path / "full-20")
+    command[command.index(checkpoints[1] / "full-20")] = replaced
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    capsys.readouterr()
+    load("tasks").main()
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == ["full-20"]
 
 
 def test_texts_that_calibrate_against_texts_that_are_evaluated(

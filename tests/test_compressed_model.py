@@ -120,7 +120,7 @@ def test_config_keeps_the_dense_values_and_gives_widths_per_layer(saved: Path) -
 )
 def test_kernels_and_engines_get_a_head_size_that_they_have(widths: tuple[int, int], dense: int, served: int) -> None:
     sizes = LayerSizes(16, *widths)
-    assert sizes.head_dim(dense) == sizes.to_config(dense)["head_dim"] == served
+    assert sizes.head_dim(dense) == sizes.to_config(dense, 1)["head_dim"] == served
 
 
 def test_loads_without_modegpt_installed(saved: Path, tmp_path: Path) -> None:

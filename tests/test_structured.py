@@ -287,10 +287,12 @@ def test_experts_have_no_biases_for_flap(checkpoint: Callable[[str], Path], text
 @pytest.mark.parametrize(
     ("method", "changes", "words"),
     [
-        ("obc", {"kv_heads": 5}, "kv_heads"),
-        ("obc", {"kv_heads": 0}, "kv_heads"),
-        ("obc", {"kv_heads": "2"}, "kv_heads"),
-        ("obc", {"kv_heads": 1}, "mismatched"),
+        ("obc", {"num_key_value_heads": 5}, "num_key_value_heads is 5; expected 1 to 4"),
+        ("obc", {"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ("obc", {"num_key_value_heads": "2"}, "num_key_value_heads"),
+        ("obc", {"num_key_value_heads": 1, "num_attention_heads": 2}, "num_attention_heads is 2; expected 1"),
+        ("obc", {"num_key_value_heads": 1, "num_attention_heads": "1"}, "num_attention_heads"),
+        ("obc", {"num_key_value_heads": 1, "num_attention_heads": 1}, "mismatched"),
         ("flap", {"output_biases": "yes"}, "output_biases"),
         ("flap", {"output_biases": False}, "disagree"),
     ],

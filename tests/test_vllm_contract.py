@@ -23,12 +23,15 @@ from helpers import token_windows
 from modegpt.modeling import CompactAttention
 
 NAMES = ("llama-gqa", "mistral-window", "qwen2", "qwen3", "phi3", "olmo2", "starcoder2", "mixtral")
+#: With a number of heads of its own in every layer.
+FEWER_HEADS = (("obc", "llama-gqa"), ("obc", "qwen3"), ("obc", "gpt2"), ("flap", "llama-gqa"), ("flap", "opt"))
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*(("modegpt", name) for name in NAMES), *FEWER_HEADS], ids="-".join)
 def small(request: pytest.FixtureRequest) -> PreTrainedModel:
-    model = BY_NAME[request.param].build()
-    return modegpt.compress(model, calibration=token_windows(8, 16), ratio=0.3, method="modegpt")
+    method, name = request.param
+    model = BY_NAME[name].build()
+    return modegpt.compress(model, calibration=token_windows(8, 16), ratio=0.3, method=method)
 
 
 @contextmanager
@@ -86,12 +89,20 @@ def test_buffers_are_real_where_parameters_are_built_on_meta(small: PreTrainedMo
     assert not any(buffer.is_meta for buffer in base.buffers())
 
 
-def test_an_attention_function_gets_one_head_size_that_the_config_names(small: PreTrainedModel) -> None:
-    """As an engine's own function sees it: q, k and v of the layer's ``head_dim``, contiguous values."""
+def geometry(layer: Any) -> tuple[int, int, int]:
+    """Query heads, key-value heads and head size of a layer, by the names that vLLM looks for in its config."""
+    heads = layer.num_attention_heads
+    return heads, getattr(layer, "num_key_value_heads", heads), layer.head_dim
+
+
+def test_an_attention_function_gets_the_heads_that_the_config_names(small: PreTrainedModel) -> None:
+    """As an engine's own function sees it: q, k and v of the layer's heads and ``head_dim``, contiguous values."""
     seen = {}
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-        seen[module.layer_idx] = {x.shape[-1] for x in (query, key, value)}
+        seen[module.layer_idx] = query.shape[1], key.shape[1], query.shape[3]
+        assert key.shape == value.shape
+        assert query.shape[3] == key.shape[3]
         assert value.is_contiguous()
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **kwargs)
 
@@ -108,4 +119,16 @@ def test_an_attention_function_gets_one_head_size_that_the_config_names(small: P
     finally:
         small.set_attn_implementation(before)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert seen == {index: {layer.head_dim} for index, layer in enumerate(small.config.per_layer_config)}
+    assert seen == {index: geometry(layer) for index, layer in enumerate(small.config.per_layer_config)}
+
+
+@pytest.mark.parametrize("method", ["obc", "flap"])
+def test_layers_with_fewer_heads_say_so_under_the_usual_names(method: str, tmp_path: Path) -> None:
+    model = BY_NAME["llama-gqa"].build()
+    small = modegpt.compress(model, calibration=token_windows(8, 16), ratio=0.5, method=method)
+    modegpt.save(small, tmp_path / "model")
+    layers = AutoConfig.from_pretrained(tmp_path / "model").per_layer_config
+    counts = [(layer.num_attention_heads, layer.num_key_value_heads) for layer in layers]
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert any(own < groups for _, own in counts)
+    assert all(own * heads == groups * queries for queries, own in counts)

@@ -383,8 +383,9 @@ class Engine:
         for key in ("model_type", "architectures", "quantization_config", "per_layer_config", "transformers_version"):
             values.pop(key, None)
         sizes = (geometry[index].sizes(ranks[index]) for index in stay)
-        head = self._heads(self.dense.layers[0]).head
-        per_layer = {index: widths.to_config(head) for index, widths in enumerate(sizes)}
+        heads = self._heads(self.dense.layers[0])
+        per_group = heads.heads // heads.groups
+        per_layer = {index: widths.to_config(heads.head, per_group) for index, widths in enumerate(sizes)}
         if self.family.inferred:
             values["compressed_family"] = self.family.description.differences()
         if any("stream_width" in widths for widths in per_layer.values()):

@@ -12,11 +12,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .modeling_description import Family, head_counts
+from .modeling_description import Family
 from .modeling_inferred import inferred_classes
 from .modeling_modegpt import COMPRESSED, CompactAttention, factor_stacks, features, has_experts, stack_name
 from .modeling_norm import is_joint, norm_parts
-from .modeling_sizes import LayerSizes, layer_sizes, stock_config
+from .modeling_sizes import LayerSizes, head_counts, layer_sizes, stock_config
 from .modeling_slices import NORMS
 
 __all__ = [

@@ -99,9 +99,3 @@ def described(family: Family, differences: Mapping[str, Any]) -> Family:
     values = {name: differences[name] for name in _RUNTIME if name in differences}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Family(family.causal_lm, family.base, **values)
-
-
-def head_counts(config: Any) -> tuple[int, int]:
-    """H query heads and G key-value heads."""
-    heads = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads

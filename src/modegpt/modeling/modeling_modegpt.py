@@ -25,10 +25,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 
-from .modeling_description import Family, described, head_counts
+from .modeling_description import Family, described
 from .modeling_factors import factorise
 from .modeling_norm import CompactNorm
-from .modeling_sizes import LayerSizes, layer_sizes, stock_config
+from .modeling_sizes import LayerSizes, head_counts, layer_sizes, stock_config
 from .modeling_slices import slice_stream
 
 #: What the ``model_type`` of a compressed model begins with.
@@ -225,7 +225,7 @@ def shrink(base: PreTrainedModel, config: PreTrainedConfig, family: Family) -> N
     every = layer_sizes(config)
     for index, (layer, sizes) in enumerate(zip(layers, every, strict=True)):
         stock: Any = layer.get_submodule(family.attention)
-        full = features(getattr(stock, family.output))[0] // config.num_attention_heads
+        full = features(getattr(stock, family.output))[0] // head_counts(config)[0]
         for name, limit in (
             ("intermediate_size", _intermediate_size(layer, family)),
             ("qk_head_dim", full),

@@ -9,8 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .modeling_description import head_counts
-
 #: Head sizes that attention kernels and serving engines have.
 SERVED = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
@@ -24,7 +22,7 @@ class LayerSizes:
     qk_head_dim: int
     v_head_dim: int
     kv_heads: int | None = None
-    """Key-value heads, each with its query heads, of a model whose layers differ in them; given for all or none."""
+    """Key-value heads, each with its query heads, where they can be fewer than the dense model's."""
     output_biases: bool = False
     """Whether attention and MLP have a bias at their output even if the family has none."""
     factor_ranks: Mapping[str, int] | None = None
@@ -37,10 +35,14 @@ class LayerSizes:
         widest = max(self.qk_head_dim, self.v_head_dim)
         return min((size for size in (*SERVED, dense) if size >= widest), default=dense)
 
-    def to_config(self, dense: int) -> dict[str, Any]:
-        """The entry of ``per_layer_config`` for this layer of a model whose ``dense`` heads have so many channels."""
+    def to_config(self, dense: int, per_group: int) -> dict[str, Any]:
+        """The entry of ``per_layer_config`` for this layer of a model whose ``dense`` heads have so many channels.
+
+        There are ``per_group`` query heads to a key-value head.
+        """
         optional = {
-            "kv_heads": self.kv_heads,
+            "num_attention_heads": None if self.kv_heads is None else self.kv_heads * per_group,
+            "num_key_value_heads": self.kv_heads,
             "output_biases": self.output_biases or None,
             "factor_ranks": None if self.factor_ranks is None else dict(self.factor_ranks),
             "stream_width": self.stream_width,
@@ -72,10 +74,7 @@ def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
         for name, value in (values | named).items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"per_layer_config[{index}].{name} is {value!r}; expected a positive integer")
-        kv_heads, biases = getattr(layer, "kv_heads", None), getattr(layer, "output_biases", False)
-        groups = head_counts(config)[1]
-        if kv_heads is not None and (type(kv_heads) is not int or not 1 <= kv_heads <= groups):
-            raise ValueError(f"per_layer_config[{index}].kv_heads is {kv_heads!r}; expected 1 to {groups}")
+        kv_heads, biases = _kv_heads(config, index, layer), getattr(layer, "output_biases", False)
         if type(biases) is not bool:
             raise ValueError(f"per_layer_config[{index}].output_biases is {biases!r}; expected true or false")
         stream = _stream_width(config, index, layer)
@@ -86,6 +85,18 @@ def layer_sizes(config: PreTrainedConfig) -> list[LayerSizes]:
     if 0 < len(without) < len(sizes):
         raise ValueError(f"per_layer_config[{without[0]}].stream_width is missing; others have it")
     return sizes
+
+
+def _kv_heads(config: PreTrainedConfig, index: int, layer: PreTrainedConfig) -> int | None:
+    """Those of a layer, if it has not all of them."""
+    heads, groups = head_counts(config)
+    own, kv_heads = head_counts(layer)
+    if type(kv_heads) is not int or not 1 <= kv_heads <= groups:
+        raise ValueError(f"per_layer_config[{index}].num_key_value_heads is {kv_heads!r}; expected 1 to {groups}")
+    if type(own) is not int or own * groups != kv_heads * heads:
+        expected = kv_heads * heads // groups
+        raise ValueError(f"per_layer_config[{index}].num_attention_heads is {own!r}; expected {expected}")
+    return None if kv_heads == groups else kv_heads
 
 
 def _stream_width(config: PreTrainedConfig, index: int, layer: Any) -> int | None:
@@ -110,3 +121,11 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     dense = copy.copy(config)
     dense.per_layer_config = None
     return dense
+
+
+def head_counts(config: PreTrainedConfig) -> tuple[int, int]:
+    """H query heads and G key-value heads of the dense model, or of one layer where ``config`` is that of one."""
+    dense: Any = stock_config(config)
+    heads = dense.num_attention_heads
+    groups = getattr(dense, "num_key_value_heads", None)
+    return heads, heads if groups is None else groups
