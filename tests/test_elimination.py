@@ -161,6 +161,42 @@ def test_rounding_that_outweighs_the_ridge() -> None:
     assert fitted.isfinite().all()
 
 
+def hostile(kind: str, activations: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The problem with what calibration text does to real MLPs."""
+    m = len(output)
+    if kind == "few tokens":
+        activations = activations[: m // 2]
+    elif kind == "dead and copied channels":
+        activations = activations.clone()
+        activations[:, : m // 4] = 0
+        activations[:, m // 4 : m // 2] = activations[:, m // 2 : m // 2 + m // 4]
+    elif kind == "one huge channel":
+        activations = activations * torch.where(torch.arange(m) == 1, 1e4, 1.0)
+    elif kind == "rows of the output map that are zero":
+        output = output * (torch.arange(m) % 3 > 0)[:, None]
+    return activations, output
+
+
+@pytest.mark.parametrize("channels", [8, 200])  # 200: several blocks, and the inverse is made smaller on the way
+@pytest.mark.parametrize(
+    "kind", ["few tokens", "dead and copied channels", "one huge channel", "rows of the output map that are zero"]
+)
+@pytest.mark.parametrize("single", [False, True], ids=["float64", "products in float32"])
+def test_never_worse_than_the_paper_on_hostile_inputs(kind: str, channels: int, single: bool) -> None:
+    for seed in range(40 if channels == 8 else 2):
+        activations, output = hostile(kind, *problem(seed, channels=channels))
+        gram = (activations.float().T @ activations.float()).double() if single else activations.T @ activations
+        weights = MLPWeights((randn(3, channels, seed=seed),), (None,), output)
+        ladder = Greedy(Greedy.default_ridge).mlp(weights, LayerStatistics({"mlp": gram}))
+        matrix = regularised(gram, Greedy.default_ridge, weight_energies(weights.inputs).clamp_min(DEAD))
+        for rank in (channels // 4, channels // 2, channels - 2):
+            ours, paper = ladder.at(rank), nystrom_decomposition(gram, output, rank, Method.default_ridge)
+            theirs = objective(matrix, output, paper.kept, paper.output)
+            assert ours.error <= theirs * (1 + 1e-6), (seed, rank)
+            loss = objective(matrix, output, ours.kept, ours.weights.output)
+            assert loss == pytest.approx(ours.error, rel=1e-4, abs=1e-9 * ours.norm)
+
+
 def ours_and_the_papers(seed: int, rank: int) -> tuple[float, float]:
     """Our objective, and that of the paper's channels and output map."""
     activations, output = problem(seed, channels=8)

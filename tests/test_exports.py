@@ -90,6 +90,20 @@ def test_what_is_no_llama_is_refused(name: str) -> None:
         check_plain(BY_NAME[name].build().config)
 
 
+def test_widths_that_no_number_of_heads_divides_are_refused() -> None:
+    """Which Transformers' config of a Llama forbids, and that of a Mistral does not."""
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    plain = PlainDecoder(BY_NAME["mistral"].build(**sizes))
+    with pytest.raises(InvalidRequest, match="32 channels are no multiple of 3"):
+        stock_model(plain)
+
+
+def test_types_are_spelt_as_llama_cpp_spells_them_too(small: Path, tmp_path: Path) -> None:
+    outcome = run_cli("export", small, "-o", tmp_path / "x.gguf", "--format", "gguf", "--type", "Q8_0")
+    assert outcome.code == 0, outcome.err
+    assert "Q8_0" in {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+
+
 def test_another_activation_and_adapters_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="the activation of its MLP is 'gelu', not 'silu'"):
         check_plain(tiny_llama(hidden_act="gelu").config)
@@ -239,6 +253,7 @@ def test_k_quants_need_the_quantizer(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("--format onnxx", "--format 'onnxx': use one of gguf, stock, onnx"),
         ("--format gguf --type q3", "--type 'q3': use one of f32, f16, bf16, q8_0"),
         ("--format stock --type q8_0", "--type q8_0 goes with --format gguf"),
+        ("--format onnx --pre-tokenizer qwen2", "--pre-tokenizer qwen2 goes with --format gguf"),
     ],
 )
 def test_what_cannot_be_is_refused(small: Path, tmp_path: Path, options: str, words: str) -> None:
@@ -363,6 +378,8 @@ def test_other_tokenizers_are_refused() -> None:
     ("change", "words"),
     [
         ({"normalizer": normalizers.Lowercase()}, "no tokenizer with 'Lowercase'"),
+        ({"normalizer": normalizers.NFD()}, "no tokenizer with 'NFD'"),
+        ({"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.NFKD()])}, "no tokenizer with 'NFKD'"),
         ({"pre_tokenizer": pre_tokenizers.Whitespace()}, "no tokenizer with 'Whitespace'"),
         ({"pre_tokenizer": None}, "no tokenizer with 'no bytes"),
         ({}, "the tokenizer has token 3, the model 2 embeddings"),

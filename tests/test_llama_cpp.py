@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -11,7 +14,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import modegpt
-from helpers import narrow_llama, run_cli, tiny_llama
+from family_table import BY_NAME
+from helpers import narrow_llama, run_cli, tiny_llama, token_windows
 from llama_cpp import LLAMA_CPP, llama_cpp, next_token
 from modegpt.address import open_model
 from modegpt.sources import ModelSource
@@ -19,19 +23,43 @@ from modegpt.sources import ModelSource
 PROMPTS = ("the model keeps the head of", "a decoder  layer\nreads 12 tokens", "Ünïcode is text, too: \N{SNOWMAN}!")
 
 
-def assert_next(found: dict[int, float], model: PreTrainedModel, ids: list[int]) -> int:
-    """Compare with what Transformers says; its likeliest token."""
+#: Log-probabilities in llama.cpp are off by this at most, and by so much on average: it rounds on the way, and random
+#: weights make much of it.
+OFF, MEAN = 0.03, 0.004
+
+
+def assert_next(found: dict[int, float], model: PreTrainedModel, ids: list[int]) -> tuple[int, list[float]]:
+    """Compare with what Transformers says; its likeliest token, and by how much all were off."""
     with torch.no_grad():
         logprobs = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
     token = int(logprobs.argmax())
     if found:
-        assert next(iter(found)) == token
-        assert found == pytest.approx({one: float(logprobs[one]) for one in found}, abs=0.01)
-    return token
+        first = next(iter(found))
+        assert first == token or float(logprobs[token] - logprobs[first]) < OFF
+        assert found == pytest.approx({one: float(logprobs[one]) for one in found}, abs=OFF)
+    return token, [abs(logprob - float(logprobs[one])) for one, logprob in found.items()]
+
+
+def assert_goes_on(model: Path, file: Path) -> None:
+    """Export ``model`` to ``file`` and compare llama.cpp's tokens and log-probabilities with Transformers'."""
+    outcome = run_cli("export", model, "-o", file, "--format", "gguf", "--type", "f32")
+    assert outcome.code == 0, outcome.err
+    tokenizer, _, open_it = open_model(str(model))
+    own, differences = open_it(), []
+    with llama_cpp(file) as server:
+        for prompt in PROMPTS:
+            ids = list(tokenizer(prompt)["input_ids"])
+            assert_next(next_token(server, prompt), own, ids)  # that llama.cpp tokenises
+            for _ in range(12):
+                token, off = assert_next(next_token(server, ids), own, ids)
+                differences += off
+                ids.append(token)
+    assert len(differences) > 100
+    assert sum(differences) / len(differences) < MEAN
 
 
 @LLAMA_CPP
-@pytest.mark.parametrize("what", ["dense", "compressed", "narrow heads"])
+@pytest.mark.parametrize("what", ["dense", "compressed"])
 def test_llama_cpp_goes_on_as_transformers_does(
     what: str, engine: str, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -40,23 +68,52 @@ def test_llama_cpp_goes_on_as_transformers_does(
         model = tmp_path / "small"
         options = ("--ratio", 0.3, "--calibration", text_file, "--samples", 8, "--sequence-length", 32)
         assert run_cli("compress", tiny_checkpoint, "-o", model, *options).code == 0
-    if what == "narrow heads":
-        model = tmp_path / "narrow"
-        tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-        modegpt.save(narrow_llama(vocab_size=len(tokenizer)), model, tokenizer=tokenizer)
-    outcome = run_cli("export", model, "-o", tmp_path / "x.gguf", "--format", "gguf", "--type", "f32")
-    assert outcome.code == 0, outcome.err
-    tokenizer, _, open_it = open_model(str(model))
-    own, compared = open_it(), 0
-    with llama_cpp(tmp_path / "x.gguf") as server:
-        for prompt in PROMPTS:
-            ids = list(tokenizer(prompt)["input_ids"])
-            assert_next(next_token(server, prompt), own, ids)  # that llama.cpp tokenises
-            for _ in range(12):
-                found = next_token(server, ids)
-                compared += bool(found)
-                ids.append(assert_next(found, own, ids))
-    assert compared > 20
+    assert_goes_on(model, tmp_path / "x.gguf")
+
+
+def smaller(name: str, vocabulary: int, **options: Any) -> PreTrainedModel:
+    """A family's model, compressed."""
+    model = BY_NAME[name].build(vocab_size=vocabulary, intermediate_size=192)
+    return modegpt.compress(model, calibration=token_windows(16, 32), **{"ratio": 0.4, **options})
+
+
+def with_equal_heads(profile: str, vocabulary: int) -> PreTrainedModel:
+    """All heads with the same rotary pairs, but not all of them, which takes factors of the rotary frequencies."""
+    dense = tiny_llama(head_dim=32, intermediate_size=192, vocab_size=vocabulary)
+    model = modegpt.compress(dense, calibration=token_windows(16, 32), ratio=0.5, profile=profile)
+    (pairs,) = torch.cat([layer.self_attn.rotary_pairs for layer in model.model.layers]).unique(dim=0)
+    assert len(pairs) < 16
+    assert pairs.tolist() != list(range(len(pairs)))
+    return model
+
+
+#: With the architecture of the file: of layers of several widths ``deci``.
+KINDS: dict[str, tuple[str, Callable[[int], PreTrainedModel]]] = {
+    "narrow heads": ("llama", lambda count: narrow_llama(vocab_size=count)),
+    "profile gguf": ("deci", partial(with_equal_heads, "gguf")),
+    "profile stock": ("llama", partial(with_equal_heads, "stock")),
+    "several widths": ("deci", partial(smaller, "llama-gqa")),
+    "several numbers of heads": ("deci", partial(smaller, "llama-mha", method="obc", allocation="block-influence")),
+    "biases": ("llama", partial(smaller, "llama-biases", allocation="uniform")),
+    "biases, several widths": ("deci", partial(smaller, "llama-biases")),
+    "qwen2": ("deci", partial(smaller, "qwen2")),
+    "phi3": ("deci", partial(smaller, "phi3")),
+    "llama3's rotary scaling": ("deci", partial(smaller, "llama-llama3")),
+    "two thin maps": ("llama", partial(smaller, "llama-gqa", method="svd")),
+}
+
+
+@LLAMA_CPP
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_runs_all_kinds_of_compressed_models(
+    kind: str, engine: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    architecture, build = KINDS[kind]
+    modegpt.save(build(len(tokenizer)), tmp_path / "small", tokenizer=tokenizer)
+    assert_goes_on(tmp_path / "small", tmp_path / "x.gguf")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["general.architecture"].contents() == architecture
 
 
 @pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama.cpp's llama-quantize is not on the PATH")

@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoTokenizer
 
 import modegpt
 from helpers import Outcome, compress_arguments, run_cli
-from modegpt import hub
+from modegpt import hub, sources
 from modegpt.results import spectrum_of, thinned
+from modegpt.sources import ModelSource
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
@@ -192,6 +195,25 @@ def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) ->
         assert f"<h2>{heading}</h2>" in text
 
 
+def test_texts_of_another_length_are_another_line(
+    made: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Whose perplexities compare with nothing of the first."""
+    arguments = compress_arguments(tiny_checkpoint, tmp_path / "other", text_file, "--evaluation-samples", 1, ratio=0.2)
+    outcome = run_cli(*arguments, "--quiet")
+    assert outcome.code == 0, outcome.err
+    counts = [
+        report.evaluation.windows
+        for report in map(modegpt.CompressionReport.read, (made / "paper", tmp_path / "other"))
+        if report.evaluation is not None
+    ]
+    assert len(set(counts)) == 2
+    _, both = page(tmp_path / "both.html", made / "paper", tmp_path / "other")
+    assert all(f"{count} windows" in both for count in counts)
+    _, alone = page(tmp_path / "alone.html", made / "paper", made / "greedy")
+    assert f"{counts[0]} windows" not in "".join(re.findall(r"<svg.*?</svg>", alone, re.DOTALL))
+
+
 # Spectra
 
 
@@ -343,17 +365,25 @@ def test_a_checkpoint_is_pushed_with_all_that_it_needs(made: Path, monkeypatch: 
     assert apis[1].told[0] == ("me/greedy", {"private": False, "exist_ok": True})
 
 
+def files_in(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
+
+
 def test_nothing_but_the_checkpoint_is_pushed(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither what lies in folders inside, by the hub's own rule, nor other kinds of files."""
     apis: list[Api] = []
     monkeypatch.setattr(hub, "HfApi", lambda token: (apis.append(Api(token)), apis[-1])[1])
     shutil.copytree(made / "greedy", tmp_path / "mine")
-    whole = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mine")
+    tokenizer.chat_template = {"default": "{{ one }}", "tools": "{{ two }}"}
+    tokenizer.save_pretrained(tmp_path / "mine")
+    whole = sorted(files_in(tmp_path / "mine"))
+    assert "additional_chat_templates/tools.jinja" in whole
     (tmp_path / "mine" / "runs").mkdir()
     for name in ("runs/secrets.json", "runs/optimizer.safetensors", "training.pt"):
         (tmp_path / "mine" / name).write_text("{}")
     modegpt.push_to_hub(tmp_path / "mine", "me/mine")
-    everything = [str(path.relative_to(tmp_path / "mine")) for path in (tmp_path / "mine").rglob("*")]
+    everything = files_in(tmp_path / "mine")
     allowed = apis[0].told[1]["allow_patterns"]
     assert sorted(filter_repo_objects(everything, allow_patterns=allowed)) == whole
 
@@ -465,6 +495,24 @@ def test_crafted_facts_are_refused(
     (tmp_path / "crafted" / "compression.json").write_text(json.dumps(facts))
     outcome = run_cli("report", tmp_path / "crafted", "-o", tmp_path / "r.html")
     assert (outcome.code, outcome.err.count("\n"), words in outcome.err) == (2, 1, True), outcome.err
+
+
+@pytest.mark.parametrize("without", [(), ("generation_config.json",)])
+def test_what_inference_takes_is_fetched_from_the_hub(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: tuple[str, ...]
+) -> None:
+    """File by file into an empty cache, with the settings of generation where there are any."""
+
+    def download(address: str, name: str) -> str:
+        assert address == "me/greedy"
+        if name in without or not (made / "greedy" / name).is_file():
+            raise EntryNotFoundError(name)
+        return str(shutil.copy(made / "greedy" / name, tmp_path))
+
+    monkeypatch.setattr(sources, "hf_hub_download", download)
+    assert ModelSource("me/greedy").directory() == tmp_path
+    wanted = {"model.safetensors", "generation_config.json"} - {*without}
+    assert {path.name for path in tmp_path.iterdir()} == wanted
 
 
 def test_a_pushed_checkpoint_is_opened_by_its_name_on_the_hub(made: Path, tmp_path: Path) -> None:

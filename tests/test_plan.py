@@ -19,10 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import compress_arguments, random_text, run_cli, run_process, tiny_llama
 from modegpt.config import CompressionConfig, RunConfig
-from modegpt.costs import Sizes, elimination_bytes, forward_flops, gram_flops, solve_bytes, spread, value_fit_bytes
+from modegpt.costs import (
+    Sizes,
+    elimination_bytes,
+    elimination_flops,
+    forward_flops,
+    gram_flops,
+    solve_bytes,
+    spread,
+    value_fit_bytes,
+)
 from modegpt.data import TokenWindows
 from modegpt.engine import Engine, compress_model
-from modegpt.methods import ModeGPT
+from modegpt.methods import Greedy, ModeGPT
 from modegpt.pipeline import plan_request
 from modegpt.plan import Plan, Shape, predict, shape_of
 
@@ -164,6 +173,16 @@ def test_seven_billion_parameters_cost_what_arithmetic_says() -> None:
     assert 32 * forward_flops(LLAMA_7B, 2048) == per_token
     symmetric = 11008**2 + 4096**2
     assert symmetric < gram_flops(LLAMA_7B, ModeGPT.statistics, 2048) < 1.2 * symmetric + 2 * 64 * 128**2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 1, 2, 4])
+def test_the_elimination_takes_less_than_the_forward_pass(share: float) -> None:
+    """Of a model from 0.1 to 4 times as wide as Llama 2 7B, on the default number of windows of 2048 tokens."""
+    sizes = LLAMA_7B.scaled(share)
+    tokens = RunConfig.model_fields["samples"].default * 2048
+    elimination = Greedy(1e-2).solve_flops("mlp", sizes, 0.7)
+    assert elimination >= elimination_flops(sizes)
+    assert elimination < 0.5 * tokens * forward_flops(sizes, 2048)
 
 
 def test_spreading_gives_the_costliest_first_to_the_least_busy() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -128,9 +129,10 @@ def test_full_ranks_leave_the_real_model_unchanged(
         torch.testing.assert_close(full(windows.ids).logits, dense(windows.ids).logits, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("engine", [f"xllamacpp-{version('xllamacpp')}"])
 @pytest.mark.parametrize(("kind", "off"), [("f16", 0.02), ("q8_0", 0.3)])
 def test_llama_cpp_runs_it(
-    compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, kind: str, off: float
+    compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, kind: str, off: float, engine: str
 ) -> None:
     """Log-probabilities differ by ``off`` in the mean: with q8_0 the engine rounds inputs of maps to 8 bits as well."""
     # Here, so that the other tests run without the engine.

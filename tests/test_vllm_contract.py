@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
 from collections.abc import Iterator
@@ -57,13 +58,50 @@ def test_the_class_says_that_it_can(small: PreTrainedModel) -> None:
 
 
 def test_attention_is_looked_up_by_name_once_in_its_forward() -> None:
+    """Bound to a name that is called once, with a scale that is an attribute: so vLLM finds it in the source."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(CompactAttention.forward)))
-    calls = [
-        node
+    names = [
+        (ast.unparse(target), ast.unparse(node.value))
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ALL_ATTENTION_FUNCTIONS.get_interface"
+        if isinstance(node, ast.Assign) and "ALL_ATTENTION_FUNCTIONS" in ast.unparse(node.value)
+        for target in node.targets
     ]
-    assert [ast.unparse(call.args[0]) for call in calls] == ["self.config._attn_implementation"]
+    ((name, lookup),) = names
+    assert lookup.startswith("ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ")
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
+    (call,) = calls
+    assert {word.arg: ast.unparse(word.value) for word in call.keywords}["scaling"] == "self.scaling"
+
+
+def test_maps_of_attention_are_not_fused_by_their_source() -> None:
+    """vLLM takes three maps of one input for queries, keys and values of one head size."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(CompactAttention.forward)))
+    inputs = {
+        ast.unparse(node.func): ast.unparse(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("self.q_proj", "self.k_proj", "self.v_proj")
+    }
+    assert len(inputs) == 3
+    assert inputs["self.v_proj"] not in (inputs["self.q_proj"], inputs["self.k_proj"])
+
+
+def test_heads_that_are_shared_out_are_refused(small: PreTrainedModel) -> None:
+    """As tensor parallelism would: the rotary pairs are those of all key-value heads."""
+    small = copy.deepcopy(small)
+    attention = max(
+        (module for module in small.modules() if isinstance(module, CompactAttention)),
+        key=lambda module: module.k_proj.out_features,
+    )
+    if attention.rotary_pairs is None:
+        pytest.skip("positions are no rotations here")
+    groups = len(attention.rotary_pairs)
+    assert groups > 1
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linear = getattr(attention, name)
+        linear.weight = nn.Parameter(linear.weight[: len(linear.weight) // groups])
+        linear.bias = None if linear.bias is None else nn.Parameter(linear.bias[: len(linear.weight)])
+    with pytest.raises(NotImplementedError, match=f"1 of {groups} key-value heads.*tensor parallelism"):
+        small(token_windows(1, 8).ids)
 
 
 def test_modules_have_a_number_and_a_scale(small: PreTrainedModel) -> None:

@@ -33,6 +33,8 @@ from .progress import Progress
 
 #: Kernels like widths that are multiples of it.
 KIND = 8
+#: Lengths of the prompts whose arithmetic is counted.
+_COUNTED = (8, 16)
 #: Of the latencies of single tokens.
 PERCENTILES = (50, 90, 99)
 #: What compiles, and how many variants of a model's code it may make: a prompt, its first token, further ones, each for
@@ -366,12 +368,21 @@ def odd_share(model: PreTrainedModel) -> float:
     return sum(map(math.prod, odd)) / max(1, sum(map(math.prod, sizes)))
 
 
-@torch.inference_mode()
 def macs_per_token(model: PreTrainedModel, length: int) -> float:
     """Multiplications of matrix products for each token of a prompt of ``length``, logits included.
 
-    Attention counts as full products, though the causal half suffices.
+    Attention counts as full products, though the causal half suffices. So a prompt of T tokens takes a T + b T^2, and
+    two short ones tell what a long one takes, whose scores and logits may not fit.
     """
+    short, double = _COUNTED
+    first, second = (_macs(model, count) / count for count in _COUNTED)
+    slope = (second - first) / (double - short)
+    return first + slope * (length - short)
+
+
+@torch.inference_mode()
+def _macs(model: PreTrainedModel, length: int) -> float:
+    """Those of a whole prompt."""
     own, experts = model.config._attn_implementation, model.get_experts_implementation()
     model.set_attn_implementation("eager")  # fused and grouped kernels are not counted
     model.set_experts_implementation("eager")
@@ -381,4 +392,4 @@ def macs_per_token(model: PreTrainedModel, length: int) -> float:
     finally:
         model.set_attn_implementation(own)
         model.set_experts_implementation(experts)
-    return float(counter.get_total_flops()) / 2 / length
+    return float(counter.get_total_flops()) / 2

@@ -61,11 +61,19 @@ def print_speeds(console: Console, speeds: Sequence[Speed], load: Load) -> None:
     """What the models are, and how fast, with ratios to the first."""
     names = model_names([speed.model for speed in speeds])
     table = Table(title="Size", title_justify="left", box=SIMPLE_HEAD)
-    for head in ("model", "parameters", "weights", "multiplications per token", f"widths not divisible by {KIND}"):
+    columns = (
+        "model",
+        "dtype",
+        "parameters",
+        "weights",
+        "multiplications per token",
+        f"widths not divisible by {KIND}",
+    )
+    for head in columns:
         table.add_column(head, justify="left" if head == "model" else "right", overflow="fold")
     for name, speed in zip(names, speeds, strict=True):
         count, macs = (f"{millions(one)} M" for one in (speed.parameters, speed.macs_per_token))
-        table.add_row(escape(name), count, _bytes(speed.weight_bytes), macs, f"{speed.odd:.0%}")
+        table.add_row(escape(name), speed.dtype, count, _bytes(speed.weight_bytes), macs, f"{speed.odd:.0%}")
     console.print(table)
     title = (
         f"Prompts of {load.sequence_length} tokens, then {load.new_tokens} one by one; times as fast as the first model"

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from .errors import CheckpointError, InvalidRequest
 from .report import CompressionReport
 
-#: What a checkpoint consists of: weights, configs, tokenizer, code, report and card.
-FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md")
+#: What a checkpoint consists of: weights, configs, tokenizer with its named chat templates, code, report and card.
+FILES = ("*.safetensors", "*.json", "*.jinja", f"{CHAT_TEMPLATE_DIR}/*.jinja", "*.model", "*.txt", "*.py", "README.md")
 
 
 def push_to_hub(
@@ -48,9 +49,9 @@ def push_to_hub(
 
 
 def _files(directory: Path) -> list[str]:
-    """The names that are uploaded: none from folders inside, which the hub's patterns would reach too."""
-    found = {path.name for pattern in FILES for path in directory.glob(pattern) if path.is_file()}
-    return [glob.escape(name) for name in sorted(found)]
+    """The names that are uploaded: none from other folders inside, which the hub's patterns would reach too."""
+    found = {path for pattern in FILES for path in directory.glob(pattern) if path.is_file()}
+    return [glob.escape(path.relative_to(directory).as_posix()) for path in sorted(found)]
 
 
 def _shards(directory: Path) -> list[str]:

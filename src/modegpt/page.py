@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -210,7 +211,7 @@ class Page:
             name: [(point.parameters / 1e6, point.perplexity) for point in curve.points]
             for name, curve in zip(known, self.predicted, strict=True)
         }
-        rows, points = [], dict[tuple[str, str, str], list[tuple[float, float]]]()
+        rows, points = [], dict[tuple[str, str, str, int], list[tuple[float, float]]]()
         for name, one in zip(names, self.checkpoints, strict=True):
             report = one.report
             method = str(report.options.get("method"))
@@ -218,17 +219,23 @@ class Page:
             row += [millions(report.parameters.compressed)]
             if report.perplexity and report.evaluation:
                 row.append(f"{report.perplexity.compressed:.2f} ({report.perplexity.dense:.2f})")
-                own = points.setdefault((report.source, method, report.evaluation.source), [])
+                text = report.evaluation.source, report.evaluation.windows
+                own = points.setdefault((report.source, method, *text), [])
                 own += [
                     (report.parameters.compressed / 1e6, report.perplexity.compressed),
                     (report.parameters.dense / 1e6, report.perplexity.dense),
                 ]
             rows.append([*row, ""][:5])
         heads = ["", "method", "removed of the blocks", "million parameters", "perplexity (dense)"]
-        several = len({source for source, _, _ in points}) > 1
+        several = len({source for source, *_ in points}) > 1
+        by_text = Counter((source, method, text) for source, method, text, _ in points)  # of how many windows
         lines = {
-            ", ".join([method, Path(text).name, *([Path(source).name] if several else [])]): found
-            for (source, method, text), found in points.items()
+            ", ".join(
+                [method, Path(text).name]
+                + [f"{windows} windows"] * (by_text[source, method, text] > 1)
+                + [Path(source).name] * several
+            ): found
+            for (source, method, text, windows), found in points.items()
         }
         plots = [size_plot(lines, predicted)] if lines or predicted else []
         return Section("Size", [Table(heads, rows)], plots, _PREDICTED if predicted else "")

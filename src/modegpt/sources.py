@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .errors import CheckpointError, InvalidRequest
 from .families import decoder_layers, family_of, is_capped
@@ -130,8 +131,12 @@ class ModelSource:
         return self._read(lambda *_, **__: fingerprint(SafetensorsDirectory(self._directory()).files), "weights")
 
     def directory(self) -> Path:
-        """Where the checkpoint is on this machine; a hub model's weights are fetched first."""
-        return self._read(lambda *_, **__: self._directory(), "weights")
+        """Where the checkpoint is on this machine; of a hub model, what its inference takes is fetched first."""
+        directory: Path = self._read(lambda *_, **__: self._directory(), "weights")
+        if not Path(self.address).is_dir():
+            with suppress(EntryNotFoundError):  # not every model has one
+                hf_hub_download(self.address, GENERATION_CONFIG_NAME)
+        return directory
 
     def _streamed(self, config: PreTrainedConfig, dtype: Dtype, device: torch.device) -> LayeredModel:
         model = empty_model(config, self.trust_remote_code)

@@ -58,7 +58,8 @@ def export(
     written.
     """
     progress = progress or Progress()
-    _check(output, target, kind)
+    kind = kind.lower()
+    _check(output, target, kind, pre_tokenizer)
     if target == "onnx":
         dtype = onnx_dtype(dtype)
     tokenizer, config, open_it = open_model(address, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
@@ -87,13 +88,15 @@ def export(
         return ExportFacts(own, sum(parameter.numel() for parameter in stock.parameters()), plain.shape, alike=True)
 
 
-def _check(output: Path, target: str, kind: str) -> None:
+def _check(output: Path, target: str, kind: str, pre_tokenizer: str | None) -> None:
     if target not in FORMATS:
         raise InvalidRequest(f"--format {target!r}: use one of {', '.join(FORMATS)}")
     if kind not in (*TYPES, *K_QUANTS):
         raise InvalidRequest(f"--type {kind!r}: use one of {', '.join((*TYPES, *K_QUANTS))}")
     if target != "gguf" and kind != "f16":
         raise InvalidRequest(f"--type {kind} goes with --format gguf; --format {target} keeps the model's dtype")
+    if target != "gguf" and pre_tokenizer is not None:
+        raise InvalidRequest(f"--pre-tokenizer {pre_tokenizer} goes with --format gguf")
     if kind in K_QUANTS:
         check_quantizer(kind)
     if output.exists() or output.is_symlink():

@@ -113,8 +113,8 @@ def _check_steps(facts: Mapping[str, Any], bytewise: bool) -> None:
     """
     normalizers = [part["type"] for part in _parts(facts["normalizer"], "normalizers")]
     splits = [part["type"] for part in _parts(facts["pre_tokenizer"], "pretokenizers")]
-    # Unicode's normal forms leave nearly all text as it is; SentencePiece's blanks are what 'llama' does itself.
-    known = {"NFC", "NFKC", "NFD", "NFKD"} if bytewise else {"Prepend", "Replace", "NFC", "NFKC"}
+    # Composed normal forms leave nearly all text as it is; SentencePiece's blanks are what 'llama' does itself.
+    known = {"NFC", "NFKC"} if bytewise else {"Prepend", "Replace", "NFC", "NFKC"}
     problem = next((kind for kind in normalizers if kind not in known), None)
     if not bytewise:
         problem = problem or next((kind for kind in splits if kind != "Metaspace"), None)

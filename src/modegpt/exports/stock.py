@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -47,10 +48,13 @@ def _groups(shape: PlainShape) -> int:
     shared = {heads / groups for heads, groups in zip(shape.heads, shape.groups, strict=True)}
     if len(shared) > 1:
         raise InvalidRequest("MODEL cannot be a plain Llama: its layers have different numbers of queries for a key")
-    per_group, groups = round(shared.pop()), max(shape.groups)
-    while shape.hidden % (groups * per_group):
-        groups += 1
-    return groups
+    per_group = round(shared.pop())
+    if shape.hidden % per_group:
+        raise InvalidRequest(
+            f"MODEL cannot be a plain Llama: its {shape.hidden} channels are no multiple of {per_group}, the number of "
+            "queries for a key"
+        )
+    return next(groups for groups in itertools.count(max(shape.groups)) if shape.hidden % (groups * per_group) == 0)
 
 
 def _config(shape: PlainShape, groups: int, tensors: Tensors, model: PreTrainedModel) -> LlamaConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from ..budget import Module
 from ..decompositions import selection_losses, top_indices
 from ..statistics import LayerStatistics
 from ..weights import MLPWeights, QueryKeyWeights, ValueOutputWeights
-from .base import ChannelMethod, Ladder, Solution
+from .base import ChannelMethod, Ladder, Solution, Weights
 
 
 class Magnitude(ChannelMethod):
@@ -42,41 +42,39 @@ class Magnitude(ChannelMethod):
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """Of all maps, one selection."""
         scores = _squares((*weights.inputs, weights.output.T), weights.input_biases)
-
-        def at(rank: int) -> Solution[MLPWeights]:
-            kept = top_indices(scores, rank)
-            return Solution(weights.select(kept, weights.output[kept]), float(losses[rank]), float(losses[0]), kept)
-
-        losses = selection_losses(scores)
-        return Ladder(len(scores), at, losses)
+        return _ladder(scores, lambda kept: (weights.select(kept, weights.output[kept]), kept, None))
 
     def query_key(self, weights: QueryKeyWeights, statistics: LayerStatistics) -> Ladder[QueryKeyWeights]:
         """Channels that do not rotate go singly, in couples of similar score where others rotate."""
-        scores = _squares((weights.key,), (weights.key_bias,)) + _squares((weights.query,), (weights.query_bias,)).sum(
-            1
-        )
+        queries = _squares((weights.query,), (weights.query_bias,)).sum(1)
+        scores = _squares((weights.key,), (weights.key_bias,)) + queries
         units = weights.units(scores)
-        of_units = units.scores(scores)
-        losses = selection_losses(of_units)
 
-        def at(rank: int) -> Solution[QueryKeyWeights]:
-            kept = top_indices(of_units, rank)
+        def thin(kept: torch.Tensor) -> _Thin[QueryKeyWeights]:
             channels, pairs = units.select(kept)
-            thin = weights.select(channels, None, None)
-            return Solution(thin, float(losses[rank]), float(losses[0]), channels, pairs)
+            return weights.select(channels, None, None), channels, pairs
 
-        return Ladder(of_units.shape[1], at, losses)
+        return _ladder(units.scores(scores), thin)
 
     def value_output(self, weights: ValueOutputWeights, statistics: LayerStatistics) -> Ladder[ValueOutputWeights]:
         """The values' biases go to the output whole, as with every method."""
         scores = _squares((weights.value,), ()) + weights.output.square().sum((1, 3))
-        losses = selection_losses(scores)
+        return _ladder(scores, lambda kept: (weights.select(kept), kept, None))
 
-        def at(rank: int) -> Solution[ValueOutputWeights]:
-            kept = top_indices(scores, rank)
-            return Solution(weights.select(kept), float(losses[rank]), float(losses[0]), kept)
 
-        return Ladder(scores.shape[-1], at, losses)
+#: Weights, and which channels and which rotary pairs they kept.
+_Thin = tuple[Weights, torch.Tensor, torch.Tensor | None]
+
+
+def _ladder(scores: torch.Tensor, thin: Callable[[torch.Tensor], _Thin[Weights]]) -> Ladder[Weights]:
+    """What ``thin`` makes of the units of largest ``scores`` (..., n)."""
+    losses = selection_losses(scores)
+
+    def at(rank: int) -> Solution[Weights]:
+        weights, kept, pairs = thin(top_indices(scores, rank))
+        return Solution(weights, float(losses[rank]), float(losses[0]), kept, pairs)
+
+    return Ladder(scores.shape[-1], at, losses)
 
 
 def _squares(maps: Iterable[torch.Tensor], biases: Iterable[torch.Tensor | None]) -> torch.Tensor:

@@ -107,9 +107,12 @@ class CompactAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, d) to (B, T, d), and the attention weights (B, H, T, S) where the implementation returns them."""
         shape = hidden_states.shape[:-1]  # (B, T)
+        # Engines that fuse maps by their source take the three for heads of one size; a name of their own keeps queries
+        # and keys apart from values.
         shared = hidden_states if self.shared_input is None else self.shared_input(hidden_states)
         query = self.q_proj(shared).view(*shape, -1, self.qk_head_dim)
         key = self.k_proj(shared).view(*shape, -1, self.qk_head_dim)
+        self._check_heads(key.shape[-2])
         query, key = (x if norm is None else norm(x) for x, norm in ((query, self.q_norm), (key, self.k_norm)))
         query, key = query.transpose(1, 2), key.transpose(1, 2)  # (B, H, T, d_qk), (B, G, T, d_qk)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)  # (B, G, T, d_v)
@@ -141,6 +144,14 @@ class CompactAttention(nn.Module):
         output = output.reshape(*shape, query.shape[1], -1)[..., : self.v_head_dim]  # (B, T, H, d_v)
         output = self.o_proj(output.flatten(-2))
         return nn.functional.dropout(output, self.output_dropout, self.training), weights
+
+    def _check_heads(self, count: int) -> None:
+        """Raise ``NotImplementedError`` where there are not the key-value heads that the rotary pairs are of."""
+        if self.rotary_pairs is not None and count != len(self.rotary_pairs):
+            raise NotImplementedError(
+                f"{count} of {len(self.rotary_pairs)} key-value heads: every one has rotary pairs of its own, so they "
+                "cannot be shared out by tensor parallelism; use pipeline or data parallelism"
+            )
 
     def _rotate(
         self, query: torch.Tensor, key: torch.Tensor, kept: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
