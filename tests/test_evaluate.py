@@ -209,6 +209,17 @@ def accuracies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked
     return {name: sum(values) / len(values) for name, values in right.items() if values}
 
 
+def test_prompts_that_are_too_long_are_told_of(models: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = [
+        {"goal": "keep the head " * (1 + 300 * (number % 2)), "sol1": "a", "sol2": "the model", "label": 0}
+        for number in range(4)
+    ]
+    (tmp_path / "piqa_val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    outcome = run_cli("evaluate", models[0], "--tasks", "piqa", "--task-data", tmp_path)
+    assert outcome.code == 0
+    assert "4 of 8 prompts are longer than the 512 tokens that the model takes" in " ".join(outcome.err.split())
+
+
 @pytest.fixture(scope="module")
 def results(
     models: tuple[Path, Path], questions: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 import modegpt
 from helpers import Outcome, compress_arguments, run_cli
 from modegpt import hub, sources
+from modegpt.model_card import model_card
 from modegpt.results import spectrum_of, thinned
 from modegpt.sources import ModelSource
 
@@ -334,6 +335,21 @@ def test_refusals(made: Path, tmp_path: Path, arguments: tuple[str, ...], proble
 
 
 # Push
+
+
+@pytest.mark.parametrize(
+    ("source", "linked"),
+    [("me/model-1.5B", True), ("model", False), ("/me/model", False), ("my.models/a_b", True), ("me/x.gguf", False)],
+)
+def test_cards_are_linked_to_models_of_the_hub(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, linked: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no such directory
+    card = model_card(modegpt.CompressionReport.read(made / "greedy").model_copy(update={"source": source}))
+    assert (f"---\nbase_model: {source}\nlibrary_name" in card) == linked
+    (tmp_path / source.lstrip("/")).mkdir(parents=True)
+    card = model_card(modegpt.CompressionReport.read(made / "greedy").model_copy(update={"source": source}))
+    assert "base_model" not in card
 
 
 class Api:

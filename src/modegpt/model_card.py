@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from .report import CompressionReport
+
+_ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)")
 
 
 def card_rows(report: CompressionReport) -> list[tuple[str, str]]:
@@ -27,7 +32,7 @@ def model_card(report: CompressionReport) -> str:
     (first, source), *others = card_rows(report)
     table = "\n".join(f"| {name} | {value} |" for name, value in [(first, f"`{source}`"), *others])
     return f"""---
-library_name: transformers
+{_base_model(report.source)}library_name: transformers
 pipeline_tag: text-generation
 tags:
 - modegpt
@@ -59,3 +64,8 @@ Without modegpt installed, pass `trust_remote_code=True` to both: the modeling f
 {report.command}
 ```
 """
+
+
+def _base_model(source: str) -> str:
+    """What links the card to the dense model, if that is on the hub and not on this machine."""
+    return f"base_model: {source}\n" if _ON_THE_HUB.fullmatch(source) and not Path(source).exists() else ""

@@ -26,10 +26,26 @@ class TaskModel(HFLM):  # type: ignore[misc]
     ) -> None:
         super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
         self._progress, self._stderr = progress, sys.stderr
+        self._longer = 0
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Log p of every continuation, and whether it is the greedy one."""
-        return self._in_parts(super().loglikelihood, requests)
+        self._longer = 0
+        answers = self._in_parts(super().loglikelihood, requests)
+        if self._longer:
+            with redirect_stderr(self._stderr):
+                self._progress.note(
+                    f"{self._longer} of {len(answers)} prompts are longer than the {self.max_length} tokens that the "
+                    "model takes, and lost their beginning"
+                )
+        return answers
+
+    def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[Any]:
+        """That of tokens; the harness cuts off what is too long without a word."""
+        lengths = (len(context) + len(continuation) for _, context, continuation in requests)
+        self._longer += sum(length > self.max_length + 1 for length in lengths)
+        answers: list[Any] = super()._loglikelihood_tokens(requests, *arguments, **options)
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
         """Log p of every text."""
