@@ -9,6 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +161,24 @@ def test_llama_cpp_runs_it(
             assert answer(server, messages, 12) == plain_text(wanted)
     assert len(differences) == 15
     assert sum(differences) / 15 < off
+
+
+@pytest.mark.parametrize("compressed", ["greedy"], indirect=True)
+def test_onnx_engines_run_it(
+    compressed: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, record_property: Any
+) -> None:
+    """By one graph, written once for ONNX Runtime and OpenVINO."""
+    # Here, so that the other tests run without the engines.
+    from modegpt.exports.onnx import write_onnx
+    from test_onnx import ENGINES, continued
+
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    prompts = ["The with statement", "A function\ndefinition is, in  Python 3, what"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        wanted = compressed.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    write_onnx(tmp_path, compressed)
+    for engine in ENGINES:
+        record_property("engine", engine)
+        found = continued(tmp_path / "decode.onnx", engine, inputs["input_ids"], inputs["attention_mask"], 12)
+        assert torch.equal(found, wanted), engine
