@@ -150,7 +150,7 @@ class CompactAttention(nn.Module):
         if self.rotary_pairs is not None and count != len(self.rotary_pairs):
             raise NotImplementedError(
                 f"{count} of {len(self.rotary_pairs)} key-value heads: every one has rotary pairs of its own, so they "
-                "cannot be shared out by tensor parallelism; use pipeline or data parallelism"
+                "cannot be shared out by tensor parallelism; keep layers whole"
             )
 
     def _rotate(
