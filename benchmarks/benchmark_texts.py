@@ -112,9 +112,9 @@ def model_sha256(address: str) -> str:
 
 
 def weights_sha256(checkpoint: Path) -> str:
-    """Of the weights of a compressed ``checkpoint``, one file after the other."""
+    """Of the weights of a ``checkpoint``, one file after the other, or of a model that is one file."""
     digest = hashlib.sha256()
-    for file in sorted(checkpoint.glob("*.safetensors")):
+    for file in [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -39,7 +39,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     results: dict[str, Any] = header(parser, arguments, ("dense", "compressed", "task_data", "output"))
-    results["weights_sha256"] = {Path(one).name: weights_sha256(Path(one)) for one in arguments.compressed}
+    results["weights_sha256"] = {
+        Path(one).name: weights_sha256(Path(one)) for one in (arguments.dense, *arguments.compressed)
+    }
     known = previous_scores(arguments.output, results)
     results["command"] += f" --compressed {' '.join(f'DIR/{Path(one).name}' for one in arguments.compressed)}"
     results["command"] += " --task-data DATA" if arguments.task_data else ""

@@ -1,4 +1,4 @@
-"""The ``modegpt`` command: parses, calls one library function, prints."""
+"""The ``modegpt`` command: parses, calls one library function, prints. What compresses is here."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import shlex
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
+from .cli_models import bench, evaluate, export, generate, inspect, push, report
+from .cli_options import help_of
 from .config import ProfileConfig, RunConfig
-from .data import HUB_DATASETS
 from .mixture import DEFAULT as CALIBRATION
-
-if TYPE_CHECKING:
-    from .results_file import ResultsFile
 
 app = typer.Typer(
     name="modegpt",
@@ -53,69 +51,61 @@ _Config = TypeVar("_Config", bound=RunConfig)
 _Result = TypeVar("_Result")
 
 
-def _help(field: str) -> str:
-    return RunConfig.model_fields[field].description or ""
-
-
 def _default(field: str) -> Any:
     return RunConfig.model_fields[field].default
 
 
 def _or_of_profile(field: str, panel: str) -> Any:
     """An option whose default is not passed on: with --profile-from, it may be that of the profile instead."""
-    return typer.Option(help=_help(field), show_default=str(_default(field)), rich_help_panel=panel)
+    return typer.Option(help=help_of(field), show_default=str(_default(field)), rich_help_panel=panel)
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but the result and errors.")]
-Device = Annotated[str, typer.Option(help=_help("device"))]
-Dtype = Annotated[str, typer.Option(help=_help("dtype"))]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help=_help("trust_remote_code"))]
 _WHAT, _HOW, _TEXT, _RUN = "What to remove", "How to choose it", "Text", "Running"
 
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help=_help("model"), metavar="MODEL")],
-    output: Annotated[Path, typer.Option("--output", "-o", help=_help("output"), rich_help_panel=_WHAT)],
-    ratio: Annotated[float | None, typer.Option(help=_help("ratio"), rich_help_panel=_WHAT)] = None,
+    model: Annotated[str, typer.Argument(help=help_of("model"), metavar="MODEL")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=help_of("output"), rich_help_panel=_WHAT)],
+    ratio: Annotated[float | None, typer.Option(help=help_of("ratio"), rich_help_panel=_WHAT)] = None,
     target_parameters: Annotated[
-        str | None, typer.Option(help=_help("target_parameters"), rich_help_panel=_WHAT)
+        str | None, typer.Option(help=help_of("target_parameters"), rich_help_panel=_WHAT)
     ] = None,
-    target_size: Annotated[str | None, typer.Option(help=_help("target_size"), rich_help_panel=_WHAT)] = None,
+    target_size: Annotated[str | None, typer.Option(help=help_of("target_size"), rich_help_panel=_WHAT)] = None,
     max_perplexity_increase: Annotated[
-        str | None, typer.Option(help=_help("max_perplexity_increase"), rich_help_panel=_WHAT)
+        str | None, typer.Option(help=help_of("max_perplexity_increase"), rich_help_panel=_WHAT)
     ] = None,
-    profile: Annotated[str, typer.Option(help=_help("profile"), rich_help_panel=_WHAT)] = _default("profile"),
-    ratio_of: Annotated[str, typer.Option(help=_help("ratio_of"), rich_help_panel=_WHAT)] = _default("ratio_of"),
-    modules: Annotated[str | None, typer.Option(help=_help("modules"), rich_help_panel=_WHAT)] = None,
-    layers: Annotated[str, typer.Option(help=_help("layers"), rich_help_panel=_WHAT)] = _default("layers"),
-    align: Annotated[str, typer.Option(help=_help("align"), rich_help_panel=_WHAT)] = str(_default("align")),
+    profile: Annotated[str, typer.Option(help=help_of("profile"), rich_help_panel=_WHAT)] = _default("profile"),
+    ratio_of: Annotated[str, typer.Option(help=help_of("ratio_of"), rich_help_panel=_WHAT)] = _default("ratio_of"),
+    modules: Annotated[str | None, typer.Option(help=help_of("modules"), rich_help_panel=_WHAT)] = None,
+    layers: Annotated[str, typer.Option(help=help_of("layers"), rich_help_panel=_WHAT)] = _default("layers"),
+    align: Annotated[str, typer.Option(help=help_of("align"), rich_help_panel=_WHAT)] = str(_default("align")),
     method: Annotated[str | None, _or_of_profile("method", _HOW)] = None,
-    allocation: Annotated[str | None, typer.Option(help=_help("allocation"), rich_help_panel=_HOW)] = None,
-    temperature: Annotated[str, typer.Option(help=_help("temperature"), rich_help_panel=_HOW)] = "auto",
-    owl_threshold: Annotated[float, typer.Option(help=_help("owl_threshold"), rich_help_panel=_HOW)] = _default(
+    allocation: Annotated[str | None, typer.Option(help=help_of("allocation"), rich_help_panel=_HOW)] = None,
+    temperature: Annotated[str, typer.Option(help=help_of("temperature"), rich_help_panel=_HOW)] = "auto",
+    owl_threshold: Annotated[float, typer.Option(help=help_of("owl_threshold"), rich_help_panel=_HOW)] = _default(
         "owl_threshold"
     ),
-    owl_reach: Annotated[float, typer.Option(help=_help("owl_reach"), rich_help_panel=_HOW)] = _default("owl_reach"),
-    statistics: Annotated[str | None, typer.Option(help=_help("statistics"), rich_help_panel=_HOW)] = None,
-    ridge: Annotated[float | None, typer.Option(help=_help("ridge"), rich_help_panel=_HOW)] = None,
-    joint_only: Annotated[bool, typer.Option("--joint-only", help=_help("joint_only"), rich_help_panel=_HOW)] = False,
-    calibration: Annotated[str | None, typer.Option(help=_help("calibration"), rich_help_panel=_TEXT)] = None,
+    owl_reach: Annotated[float, typer.Option(help=help_of("owl_reach"), rich_help_panel=_HOW)] = _default("owl_reach"),
+    statistics: Annotated[str | None, typer.Option(help=help_of("statistics"), rich_help_panel=_HOW)] = None,
+    ridge: Annotated[float | None, typer.Option(help=help_of("ridge"), rich_help_panel=_HOW)] = None,
+    joint_only: Annotated[bool, typer.Option("--joint-only", help=help_of("joint_only"), rich_help_panel=_HOW)] = False,
+    calibration: Annotated[str | None, typer.Option(help=help_of("calibration"), rich_help_panel=_TEXT)] = None,
     samples: Annotated[int | None, _or_of_profile("samples", _TEXT)] = None,
     sequence_length: Annotated[int | None, _or_of_profile("sequence_length", _TEXT)] = None,
     seed: Annotated[int | None, _or_of_profile("seed", _TEXT)] = None,
-    profile_from: Annotated[Path | None, typer.Option(help=_help("profile_from"), rich_help_panel=_TEXT)] = None,
-    evaluate: Annotated[str | None, typer.Option(help=_help("evaluate"), rich_help_panel=_TEXT)] = None,
-    evaluation_samples: Annotated[int, typer.Option(help=_help("evaluation_samples"), rich_help_panel=_TEXT)] = 8,
-    dtype: Annotated[str, typer.Option(help=_help("dtype"), rich_help_panel=_RUN)] = _default("dtype"),
-    device: Annotated[str, typer.Option(help=_help("device"), rich_help_panel=_RUN)] = _default("device"),
-    batch_size: Annotated[int, typer.Option(help=_help("batch_size"), rich_help_panel=_RUN)] = _default("batch_size"),
-    devices: Annotated[str, typer.Option(help=_help("devices"), rich_help_panel=_RUN)] = "1",
-    offload_folder: Annotated[Path | None, typer.Option(help=_help("offload_folder"), rich_help_panel=_RUN)] = None,
-    restart: Annotated[bool, typer.Option("--restart", help=_help("restart"), rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=_help("overwrite"), rich_help_panel=_RUN)] = False,
+    profile_from: Annotated[Path | None, typer.Option(help=help_of("profile_from"), rich_help_panel=_TEXT)] = None,
+    evaluate: Annotated[str | None, typer.Option(help=help_of("evaluate"), rich_help_panel=_TEXT)] = None,
+    evaluation_samples: Annotated[int, typer.Option(help=help_of("evaluation_samples"), rich_help_panel=_TEXT)] = 8,
+    dtype: Annotated[str, typer.Option(help=help_of("dtype"), rich_help_panel=_RUN)] = _default("dtype"),
+    device: Annotated[str, typer.Option(help=help_of("device"), rich_help_panel=_RUN)] = _default("device"),
+    batch_size: Annotated[int, typer.Option(help=help_of("batch_size"), rich_help_panel=_RUN)] = _default("batch_size"),
+    devices: Annotated[str, typer.Option(help=help_of("devices"), rich_help_panel=_RUN)] = "1",
+    offload_folder: Annotated[Path | None, typer.Option(help=help_of("offload_folder"), rich_help_panel=_RUN)] = None,
+    restart: Annotated[bool, typer.Option("--restart", help=help_of("restart"), rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=help_of("overwrite"), rich_help_panel=_RUN)] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=_help("trust_remote_code"), rich_help_panel=_RUN)
+        bool, typer.Option("--trust-remote-code", help=help_of("trust_remote_code"), rich_help_panel=_RUN)
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.", rich_help_panel=_RUN)] = False,
 ) -> None:
@@ -266,302 +256,8 @@ def plan(**arguments: Any) -> None:
 _with_options_of_compress(plan, output={"default": Path("compressed")})
 
 
-@app.command()
-def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Compressed checkpoints, or any MODEL that `compress` takes; the others are compared with the first.",
-            metavar="MODEL...",
-        ),
-    ],
-    perplexity: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Texts: {', '.join(HUB_DATASETS)} (their test parts), or text files, separated by commas. "
-            "wikitext2 where no --tasks are given."
-        ),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Windows from the start of a text; all by default.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Windows begin every so many tokens, and only tokens that no window before had count. By default they "
-            "follow one another."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-evaluation-harness, separated by commas: arc_easy,piqa,... (needs lm-eval)."),
-    ] = None,
-    task_data: Annotated[
-        Path | None,
-        typer.Option(help="Directory with the tasks' data, TASK_SPLIT.jsonl or .jsonl.gz, in place of the hub's."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions from the start of each task; all by default.")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Answered examples before each question; by default what the task says.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, run at once.")] = 1,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write all numbers into this .json file.")
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure dense or compressed models, side by side: perplexity on texts, accuracy on tasks.
-
-    Perplexity is exp of the mean negative log-likelihood over windows, without special tokens. Accuracies and their
-    standard errors are those of lm-evaluation-harness.
-
-    Example: **modegpt evaluate HuggingFaceTB/SmolLM2-135M small --tasks arc_easy,piqa --perplexity wikitext2,ptb**
-    """
-    arguments = dict(locals())
-    from .comparison import Texts, compare, facts_of, split_names
-    from .comparison_tables import print_scores
-    from .console import choose_progress
-    from .tasks import Tasks
-
-    _goes_with("--perplexity", tasks is None or perplexity is not None, {"samples": samples, "stride": stride})
-    _goes_with("--tasks", tasks is not None, {"task-data": task_data, "limit": limit, "num-fewshot": num_fewshot})
-    texts = asked = None
-    if tasks is None or perplexity is not None:
-        windows = {"samples": samples, "sequence_length": sequence_length, "stride": stride}
-        texts = Texts.parse("wikitext2" if perplexity is None else perplexity, **windows)
-    if tasks is not None:
-        asked = Tasks(split_names(tasks, "--tasks"), task_data, limit, num_fewshot)
-    file = _results_file(output, arguments)
-    scores = compare(
-        models,
-        texts,
-        asked,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        progress=choose_progress(Console(stderr=True), quiet),
-        finished=(lambda found: file.write(facts_of(found))) if file else None,
-    )
-    print_scores(Console(), scores)
-
-
-def _results_file(output: Path | None, arguments: dict[str, Any]) -> ResultsFile | None:
-    """The file that ``output`` names, with the ``arguments`` of the command."""
-    from .results_file import ResultsFile
-
-    settings = {name: value for name, value in arguments.items() if name not in ("models", "output", "quiet")}
-    return None if output is None else ResultsFile(output, shlex.join(["modegpt", *sys.argv[1:]]), settings)
-
-
-def _goes_with(needed: str, given: bool, options: dict[str, Any]) -> None:
-    """Refuse ``options`` that say something of what is not measured."""
-    from .errors import InvalidRequest
-
-    for name, value in options.items():
-        if value is not None and not given:
-            raise InvalidRequest(f"--{name} {value}: goes with {needed}, which is not given")
-
-
-@app.command()
-def bench(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            help="Compressed checkpoints, or any MODEL that `compress` takes; the others are compared with the first.",
-            metavar="MODEL...",
-        ),
-    ],
-    batch_sizes: Annotated[str, typer.Option(help="Numbers of sequences, separated by commas.")] = "1,8",
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that follow the first one, one by one.")] = 32,
-    repeats: Annotated[int, typer.Option(help="How often each model is measured, in turn with the others.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Processor threads; by default PyTorch's choice.")] = None,
-    compile: Annotated[
-        bool,
-        typer.Option("--compile", help="Compile the models first, by torch.compile (needs a C++ compiler or Triton)."),
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write all numbers into this .json file.")
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure how fast dense and compressed models are, side by side in one process.
-
-    Prompts and greedy continuations of random tokens, each model in turn; ratios to the first model are taken within a
-    repeat.
-
-    Example: **modegpt bench HuggingFaceTB/SmolLM2-135M small --batch-sizes 1,8 --threads 2**
-    """
-    arguments = dict(locals())
-    import torch
-
-    from .bench import Load, facts_of, measure
-    from .comparison_tables import print_speeds
-    from .console import choose_progress
-    from .errors import InvalidRequest
-
-    if not all(size.strip().isdecimal() for size in batch_sizes.split(",")):
-        raise InvalidRequest(f"--batch-sizes {batch_sizes!r}: give whole numbers separated by commas")
-    load = Load([int(size) for size in batch_sizes.split(",")], sequence_length, new_tokens, repeats)
-    file = _results_file(output, arguments)
-    if threads is not None:
-        if threads < 1:
-            raise InvalidRequest(f"--threads {threads}: must be at least 1")
-        torch.set_num_threads(threads)
-    speeds = measure(
-        models,
-        load,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        compiled=compile,
-        progress=choose_progress(Console(stderr=True), quiet),
-    )
-    if file is not None:
-        file.write(facts_of(speeds, load))
-    print_speeds(Console(), speeds, load)
-
-
-@app.command()
-def report(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Directories of compressed models.", metavar="DIR...")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .html file to write.")] = Path("report.html"),
-    evaluation: Annotated[
-        list[Path] | None, typer.Option(help="A file of evaluate --output; can be given several times.")
-    ] = None,
-    bench: Annotated[
-        list[Path] | None, typer.Option(help="A file of bench --output; can be given several times.")
-    ] = None,
-    profile: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="What modegpt profile wrote, for its curve beside what was measured; can be given several times."
-        ),
-    ] = None,
-    figures: Annotated[Path | None, typer.Option(help="Also write all figures as PNG and SVG files into it.")] = None,
-) -> None:
-    """Write one page of HTML about compressed models: what they are, how good, how fast, layer by layer.
-
-    It needs nothing but itself: no scripts, no files beside it.
-
-    Example: **modegpt report small-20 small-30 --evaluation quality.json --bench speed.json -o report.html**
-    """
-    from .console import say
-    from .curve import predicted_curve
-    from .page import Bench, Checkpoint, Evaluation, Page, check_page, read_results
-
-    check_page(output, figures)
-    Page(
-        [Checkpoint.read(directory) for directory in checkpoints],
-        [read_results(path, Evaluation, "--evaluation") for path in evaluation or ()],
-        [read_results(path, Bench, "--bench") for path in bench or ()],
-        [predicted_curve(directory) for directory in profile or ()],
-    ).write(output, figures)
-    say(Console(), f"Written: {output}")
-
-
-@app.command()
-def push(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory of a compressed model.", metavar="DIR")],
-    repository: Annotated[str, typer.Argument(help="Where to on the hub, such as name/smollm2-30.")],
-    private: Annotated[bool, typer.Option("--private", help="If it is made now: for the owner alone.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Compressed with modegpt",
-) -> None:
-    """Upload a compressed model to the Hugging Face hub, with its model card.
-
-    Log in first: **hf auth login**, or the environment variable HF_TOKEN.
-    """
-    from .console import say
-    from .hub import push_to_hub
-
-    say(Console(), f"Uploaded: {push_to_hub(checkpoint, repository, private=private, message=message)}")
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")] = False,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Continue PROMPT greedily."""
-    from .address import open_model
-    from .evaluation import generate_text
-
-    tokenizer, _, open_it = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    text = generate_text(open_it(), tokenizer, prompt, max_new_tokens=max_new_tokens, chat=chat)
-    print(text)
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="A compressed checkpoint, or any MODEL that `compress` takes.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .gguf file, or a directory for a stock model.")],
-    format: Annotated[
-        str,
-        typer.Option(
-            help="'gguf', a file for llama.cpp; 'stock', a LlamaForCausalLM that needs no code of modegpt's; 'onnx', a "
-            "graph for ONNX Runtime.",
-        ),
-    ],
-    type: Annotated[
-        str,
-        typer.Option(
-            help="What a GGUF file's matrices are stored as: f32, f16, bf16, q8_0, q4_0, ...; q4_k_m and the like."
-        ),
-    ] = "f16",
-    pre_tokenizer: Annotated[
-        str | None, typer.Option(help="llama.cpp's name for how the tokenizer splits text, where it cannot be told.")
-    ] = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-) -> None:
-    """Write MODEL for other engines, which it computes the same in.
-
-    Where the engine wants all heads or layers alike, zeros fill them up; how many is printed.
-    """
-    from .console import choose_progress, export_line, say
-    from .exports.export import export as carry_out
-
-    facts = carry_out(
-        model,
-        output,
-        format,
-        kind=type,
-        pre_tokenizer=pre_tokenizer,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        progress=choose_progress(Console(stderr=True), quiet),
-    )
-    if not quiet:
-        say(Console(), export_line(facts))
-
-
-@app.command()
-def inspect(
-    directory: Annotated[Path, typer.Argument(help="A compressed checkpoint.", metavar="DIR")],
-) -> None:
-    """Show what was kept in each layer of a compressed checkpoint, and at what error."""
-    from .console import experts_lines, layer_table, say, summary_table
-    from .report import CompressionReport, RunFacts
-
-    report = CompressionReport.read(directory)
-    console = Console()
-    console.print(summary_table(report, RunFacts.read(directory)))
-    console.print(layer_table(report))
-    for line in experts_lines(report):
-        say(console, line)
-    say(console, f"Made by: {report.command}")
+for _command in (evaluate, bench, report, push, generate, export, inspect):
+    app.command()(_command)
 
 
 @app.command()

@@ -142,6 +142,7 @@ class Greedy(Ridged, ChannelMethod):
         full, norm = units.channels.shape[1], _quadratic(features, target)
 
         def at(rank: int) -> Solution[QueryKeyWeights]:
+            """The better of the elimination's pairs and the paper's, or those given."""
             choices = [(units, ladder.kept(rank))]
             if rank < full and self._pairs is not None:  # units are pairs, of which all heads have all
                 choices = [(units, torch.tensor(self._pairs, device=features.device).expand(len(features), -1))]
