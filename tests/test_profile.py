@@ -299,6 +299,18 @@ def test_only_the_modules_asked_for_lose_anything_and_too_much_is_refused() -> N
         ranks_from_losses(LAYERS, losses, 0.5, 1)
 
 
+def test_what_is_whole_gives_nothing_to_the_rest_of_a_budget() -> None:
+    """0.4 units of a coarse module are left, for which the second MLP gives channels, not the dear and whole first."""
+    modules: dict[Module, ModuleGeometry] = {"mlp": ModuleGeometry(100, 1), "vo": ModuleGeometry(100, 10)}
+    layer = LayerGeometry(modules, 1100)
+    dear, medium = (torch.linspace(most, 0, 101, dtype=torch.float64) for most in (1e3, 1.0))
+    halfway = (50 - torch.arange(101, dtype=torch.float64)).clamp(min=0)  # half of them are free
+    losses: list[dict[Module, torch.Tensor]] = [{"mlp": dear, "vo": medium}, {"mlp": halfway, "vo": medium}]
+    found = ranks_from_losses([layer, layer], losses, (50 + 5.4 * 10) / 2200, 1)
+    assert [rank["mlp"] for rank in found] == [100, 46]
+    assert sorted(rank["vo"] for rank in found) == [95, 100]
+
+
 def test_the_cheapest_modules_go_first() -> None:
     losses = random_losses(2, convex=True)
     losses[1]["mlp"] = losses[1]["mlp"] * 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -40,8 +40,6 @@ class ModuleGeometry:
     channels: int = 1
     multiple: int = 1
     """Of channels: what kernels demand of a rank, unless it is full."""
-    apart: ClassVar[bool] = False
-    """Whether the first step below ``full`` loses more than its parameters are worth."""
 
     @property
     def parameters(self) -> int:

@@ -55,10 +55,10 @@ def ranks_from_losses(
 
     Where the total is the plain sum, modules go down the lower convex hulls of their losses over parameters, always
     the one that loses least per parameter next: the optimum among the hulls' corners for the budgets that are met at a
-    corner (Lagrange), and what is left of a budget is met within the last segment, then by the finest modules.
-    Otherwise a part's losses count 1 + 2 c S times, the derivative of its total, at the S that follows from it. Of the
-    ranks on the way there the best are taken, so the total is never above that of the plain sum's. Raises
-    :class:`InvalidRequest` as :func:`average_sparsity` does.
+    corner (Lagrange), and what is left of a budget is met within the last segment, then by the finest modules, those
+    that are whole last. Otherwise a part's losses count 1 + 2 c S times, the derivative of its total, at the S that
+    follows from it. Of the ranks on the way there the best are taken, so the total is never above that of the plain
+    sum's. Raises :class:`InvalidRequest` as :func:`average_sparsity` does.
     """
     interplay = {part: c for part, c in (interplay or {}).items() if c > 0}
     steps = _steps(layers, losses, align)
@@ -168,11 +168,8 @@ def _down(
 def _takers(
     layers: Sequence[LayerGeometry], modules: Sequence[Module], kept: Sequence[Mapping[Module, int]], align: int
 ) -> list[tuple[int, Module]]:
-    """What takes up the rest of a budget, in order: every layer's finest module; last what is whole and apart."""
-    orders = [from_finest(layer, modules, align) for layer in layers]
-    if not any(shape.apart for layer in layers for shape in layer.modules.values()):
-        return [(index, order[0]) for index, order in enumerate(orders)]
-    every = [(index, module) for index, order in enumerate(orders) for module in order]
+    """What takes up the rest of a budget, in order: every layer's modules from the finest, what is whole last."""
+    every = [(index, module) for index, layer in enumerate(layers) for module in from_finest(layer, modules, align)]
     return sorted(every, key=lambda place: kept[place[0]][place[1]] == layers[place[0]].modules[place[1]].full)
 
 

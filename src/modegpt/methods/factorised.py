@@ -66,7 +66,6 @@ class Stack:
 class FactorGeometry(ModuleGeometry):
     """A module of stacks: at ``full`` they are whole, below that factors with their share of the break-even rank."""
 
-    apart: ClassVar[bool] = True  # at once all directions beyond the break-even rank are gone
     stacks: tuple[Stack, ...] = ()
     align: int = 1
 
