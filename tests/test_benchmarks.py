@@ -28,6 +28,7 @@ from modegpt.exports.gguf_tokenizer import tokenizer_fields
 from modegpt.exports.plain import PlainDecoder
 from modegpt.mixture import Cut, Mixture, read_mixture
 from modegpt.report import TextFacts
+from modegpt.results import ModuleProfile, Profile
 from modegpt.sources import ModelSource
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -281,14 +282,15 @@ def test_gains_are_those_of_the_solvers_named(
 ) -> None:
     """Nothing of ours is ``modegpt``, all of ours is ``greedy``, and a second run measures nothing again."""
     gains = load("gains")
-    monkeypatch.setattr(gains, "STEPS", [step for step in gains.STEPS if step[2] == "uniform"])
+    steps = [step for step in gains.STEPS if step[2] == "uniform" or set(gains.PLAINER) & set(step[0])]
+    monkeypatch.setattr(gains, "STEPS", steps)
     options = {"--train": text_file, "--test": other_text_file, "--model": tiny_checkpoint, "--samples": 8}
     options |= {"--test-samples": 2, "--sequence-length": 64, "--output": tmp_path / "gains.json", "--ratios": 0.3}
     monkeypatch.setattr(sys, "argv", ["gains.py", *(str(word) for option in options.items() for word in option)])
     gains.main()
     written = json.loads((tmp_path / "gains.json").read_text())
     found = {", ".join(row["ours"]): row["perplexity"]["test"] for row in written["rows"]}
-    assert len(set(found.values())) == len(found) == 7
+    assert len(set(found.values())) == len(found) == 7 + len(gains.PLAINER)
     for method, ours in (("modegpt", ""), ("greedy", "Type I, Type II, Type III, second fit")):
         model, tokenizer = (kind.from_pretrained(tiny_checkpoint) for kind in (AutoModelForCausalLM, AutoTokenizer))
         train = first_windows(tokenize(tokenizer, text_file.read_text()), 8, 64, what="")
@@ -309,6 +311,19 @@ def test_gains_are_those_of_the_solvers_named(
     assert more["rows"][:-1] == written["rows"]
     assert more["rows"][-1]["ratio"] == 0.2
     assert more["command"].endswith(" --ratios 0.2 0.3")
+
+
+def test_simpler_profiles_lack_what_they_say(load: Any) -> None:
+    """An interplay of c = (5 - 4) / 4^2, and a module without loss at its probed rank, as one with dead channels."""
+    gains = load("gains")
+    plain, dead = ModuleProfile(2, [2.0, 1.0, 0.0], 1, 4.0), ModuleProfile(2, [2.0, 1e-9, 0.0], 1, 1e-9)
+    profile = Profile([{"mlp": plain}, {"mlp": dead}], 10.0, {"mlp": 5.0})
+    assert profile.interplay()["mlp"] == pytest.approx(1 / 16)
+    assert gains.SIMPLER["losses that add up"](profile).interplay() == {"mlp": 0.0}
+    assert profile.losses()[1]["mlp"].tolist() == pytest.approx([8.0, 1e-9, 0.0])
+    simpler = gains.SIMPLER["faint losses at their word"](profile)
+    assert simpler.losses()[1]["mlp"].tolist() == pytest.approx([2.0, 1e-9, 0.0])
+    assert torch.equal(simpler.losses()[0]["mlp"], profile.losses()[0]["mlp"])
 
 
 # Profiles, quantised files, speed, tasks
