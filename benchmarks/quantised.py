@@ -102,14 +102,23 @@ def rounded(model: PreTrainedModel, kind: str, fields: TokenizerFields) -> tuple
 
 
 def text_of(results: dict[str, Any]) -> str:
-    """The table, the smallest file last."""
+    """The tables, the smallest file last: of all, and of what else as many bytes give."""
     names = list(results["tokens_sha256"])
     rows = sorted(results["rows"], key=lambda row: -row["bytes"])
-    lines = [
-        [row["model"], row["type"], f"{row['bytes'] / 1e6:.1f}", *(f"{row['perplexity'][name]:.2f}" for name in names)]
-        for row in rows
-    ]
-    return "By size of the GGUF file.\n\n" + table(["model", "type", "MB", *names], lines)
+
+    def cells(row: dict[str, Any]) -> list[str]:
+        perplexities = (f"{row['perplexity'][name]:.2f}" for name in names)
+        return [row["type"], f"{row['bytes'] / 1e6:.1f}", *perplexities]
+
+    text = "By size of the GGUF file.\n\n"
+    text += table(["model", "type", "MB", *names], [[row["model"], *cells(row)] for row in rows])
+    dense, compressed = ([row for row in rows if (row["model"] == "dense") is same] for same in (True, False))
+    lines = []
+    for row in compressed:
+        beside = next((one for one in dense if one["bytes"] <= row["bytes"]), None)  # rows go from large to small
+        lines.append([row["model"], *cells(row), *(cells(beside) if beside else [""] * (2 + len(names)))])
+    columns = ["model", "type", "MB", *names, "dense", "MB", *(f"dense on {name}" for name in names)]
+    return text + "\nBeside the largest file of the dense model that is no larger.\n\n" + table(columns, lines)
 
 
 if __name__ == "__main__":

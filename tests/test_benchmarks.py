@@ -422,6 +422,8 @@ def test_sizes_and_perplexities_of_rounded_models(
     sizes = [row["bytes"] for row in results["rows"]]
     assert sizes[0] > sizes[2]
     assert sizes[0] > sizes[1]
+    pairs = (tmp_path / "quantised.md").read_text().split("no larger.")[1].splitlines()[4:6]
+    assert [line.split(" | ")[1::3][:2] for line in pairs] == [["f16", "q8_0"], ["q8_0", ""]]
     monkeypatch.setattr(quantised, "KINDS", ("f16", "q4_0"))
     capsys.readouterr()
     quantised.main()

@@ -71,7 +71,7 @@ def test_what_a_mixture_changes_is_quoted_from_the_results() -> None:
     [
         ("speed", 0, "README.md"),
         ("memory", 0, "README.md"),
-        ("quantised", 0, "README.md"),
+        ("quantised", 1, "README.md"),
         ("tasks", 0, "README.md"),
         ("throughput", 1, "README.md"),
         ("crossed", 0, "docs/calibration.md"),
