@@ -334,6 +334,8 @@ def test_the_largest_ratio_within_a_limit_is_the_largest(share: float) -> None:
     assert lost(ratio) <= limit < lost(ratio + 0.001)
     with pytest.raises(InvalidRequest, match="--max-perplexity-increase 0: removing a thousandth is predicted"):
         largest_ratio(LAYERS, [{name: 1e9 * (loss + 1) for name, loss in one.items()} for one in losses], 0.0, 1)
+    with pytest.raises(InvalidRequest, match=r"--ratio 0\.001 is out of reach with --modules mlp,qk,vo and --align 64"):
+        largest_ratio(LAYERS, losses, limit, 64)
 
 
 # Runs
@@ -359,6 +361,20 @@ def test_what_is_half_dead_is_not_free_beyond_that(module: str) -> None:
     assert min(others) / 2 < float(losses[1][module][0]) < 2 * max(others)
     assert float(losses[1][module][one.probed]) < 1e-3 * float(losses[1][module][0])
     assert 1 < choice.ranks[1][module] <= one.probed
+
+
+def test_noise_where_nothing_is_lost_says_nothing_of_ranks_below() -> None:
+    """Half of the channels are dead, J is 0 without a ridge, and the divergence is what 16 bits make of it."""
+    plain, dead = (
+        ModuleProfile(4, [9.0, 4.0, 1.0, 0.5, 0.0], 2, 0.1),
+        ModuleProfile(4, [9.0, 4.0, 0.0, 0.0, 0.0], 2, 1e-4),
+    )
+    assert dead.faint
+    losses = Profile([{"mlp": plain}, {"mlp": dead}], 10.0).losses()[1]["mlp"]
+    assert losses.tolist() == pytest.approx([0.9, 0.4, 0.0, 0.0, 0.0])
+    nothing = ModuleProfile(4, [0.0] * 5, 2, 1e-4)
+    assert not nothing.faint
+    assert not nothing.losses().any()
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.4])

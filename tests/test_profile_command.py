@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import modegpt
 from helpers import Outcome, run_cli, tiny_llama, token_windows
@@ -199,6 +200,27 @@ def test_predictions_are_needed_for_a_limit_on_the_perplexity(tiny_checkpoint: P
     assert outcome.code == 2
     assert (
         "--max-perplexity-increase needs predictions; use --allocation sensitivity, not block-influence" in outcome.err
+    )
+
+
+def test_a_small_part_of_a_model_can_be_compressed_by_prediction(
+    tiny_checkpoint: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Less than a hundredth of the blocks: no ratio is given, so none is out of reach."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    wide = tiny_llama(vocab_size=len(tokenizer), intermediate_size=1024)
+    for part in (wide, tokenizer):
+        part.save_pretrained(tmp_path / "wide")
+    options = ("compress", tmp_path / "wide", *OPTIONS, "--layers", 1, "--modules", "qk", "--calibration", text_file)
+    options = (*options, "--max-perplexity-increase", "300%", "--output")
+    outcome = run_cli(*options, tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert CompressionReport.read(tmp_path / "out").block_parameters.removed < 0.01
+    outcome = run_cli(*options, tmp_path / "none", "--align", 64)
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (
+        2,
+        "modegpt: nothing can be removed with --modules qk and --align 64: at most 0 of the decoder blocks' parameters "
+        "can go; use less, more modules or layers, or a finer alignment",
     )
 
 

@@ -706,7 +706,7 @@ def test_a_temperature_too_low_for_the_scores_is_refused_with_a_usable_one(
     refused = run_cli(*command, "--temperature", "1e-6")
     assert (refused.code, refused.out, list(tmp_path.iterdir())) == (2, "", [])
     found = re.fullmatch(
-        r"modegpt: --temperature 1e-06 asks block \d .*; use 'auto' or at least ([\d.e-]+)\n", refused.err
+        r"modegpt: --temperature 1e-06 asks one of the blocks .*; use 'auto' or at least ([\d.e-]+)\n", refused.err
     )
     assert found is not None
     assert run_cli(*command, "--temperature", found[1]).code == 0

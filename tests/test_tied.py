@@ -150,6 +150,26 @@ def test_models_that_are_no_llamas_are_refused_before_work_starts(
         assert (outcome.code, words in outcome.err) == (2, True), outcome.err
 
 
+@pytest.mark.parametrize(("profile", "align"), [("gguf", 1), ("stock", 1), ("stock", 4)])
+def test_a_target_is_never_passed(profile: str, align: int) -> None:
+    """The finest step is one of a whole MLP or of all MLPs, not one channel of one."""
+    options: dict[str, Any] = {**SIZES, "num_hidden_layers": 4}
+    dense = sum(parameter.numel() for parameter in tiny_llama(**options).parameters())
+    passed = 0.0
+    for less in range(16000, 32000, 1600):
+        small = modegpt.compress(
+            tiny_llama(**options),
+            calibration=token_windows(16, 32),
+            target_parameters=dense - less,
+            profile=profile,
+            align=align,
+        )
+        left = dense - less - small.compression_report.parameters.compressed
+        assert left >= 0
+        passed = max(passed, left)
+    assert passed <= (32 if profile == "gguf" else 4 * align) * 3 * 32  # a step
+
+
 def test_a_ratio_out_of_reach_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"--ratio 0.95: out of reach with --profile gguf; use a smaller one"):
         compressed("gguf", 0.95)

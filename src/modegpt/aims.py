@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from .config import CompressionConfig
 from .errors import InvalidRequest
 from .families import model_geometry
 from .methods import METHODS
+from .tied import tied_step
 
 _Config = TypeVar("_Config", bound=CompressionConfig)
 #: Bytes of the index of a rotary pair, which checkpoints keep beside the weights.
@@ -22,6 +24,14 @@ def _pairs(layer: LayerGeometry) -> int:
     if layer.dense is None:
         return layer.modules["qk"].full if "qk" in layer.modules else 0
     return layer.dense.qk_head_dim // 2
+
+
+def _step(layers: Sequence[LayerGeometry], config: CompressionConfig) -> int:
+    """Ranks are whole numbers, and a budget is met within half of these parameters: a step of the finest module."""
+    if config.profile != "full":
+        return tied_step(layers, config)
+    chosen = [layers[index].modules[name] for index in config.chosen_layers(len(layers)) for name in config.modules]
+    return min(filter(None, (module.largest_step(config.alignment) for module in chosen)), default=0)
 
 
 def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
@@ -47,10 +57,7 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
         pairs = sum(groups * _pairs(layer) for layer in layers)
         option, wanted, dense, unit = "--target-size", config.target_size, everything * item, "bytes"
         allowed = (wanted - _INDEX_BYTES * pairs) // item
-    # Ranks are whole numbers, and the budget is met within half a step of the finest module.
-    chosen = [layers[index].modules[name] for index in config.chosen_layers(len(layers)) for name in config.modules]
-    finest = min(filter(None, (module.largest_step(config.alignment) for module in chosen)), default=0)
-    ratio = (everything - allowed + finest / 2) / blocks
+    ratio = (everything - allowed + _step(layers, config) / 2) / blocks
     if not 0 < ratio < 1:
         problem = "the model has that already" if ratio <= 0 else "embeddings, head and norms alone take more"
         raise InvalidRequest(

@@ -77,9 +77,9 @@ def allocate(
     chosen = auto_temperature(scores, weights, average) if temperature is None else temperature
     sparsities = entropic_allocation(scores, weights, average, chosen)
     if max(sparsities) >= 1:
-        usable = auto_temperature(scores, weights, average, largest=0.95)
+        usable = auto_temperature(scores, weights, average, largest=max(0.95, (1 + average) / 2))
         raise InvalidRequest(
-            f"--temperature {chosen:g} asks block {sparsities.index(max(sparsities))} for a sparsity of "
-            f"{max(sparsities):.2f}, which must stay below 1; use 'auto' or at least {usable:.3g}"
+            f"--temperature {chosen:g} asks one of the blocks for a sparsity of {max(sparsities):.2f}, which must stay "
+            f"below 1; use 'auto' or at least {usable:.3g}"
         )
     return sparsities, chosen

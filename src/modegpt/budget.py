@@ -212,12 +212,13 @@ def average_sparsity(
     base = base or Base.blocks(layers)
     selected = sum(layer.modules[module].parameters for layer in layers for module in modules)
     chosen = [layer.modules[module] for layer in layers for module in modules]
-    smallest = sum(geometry.parameters_at(geometry.nearest(0, align)) for geometry in chosen)
-    if ratio * base.parameters + base.extra > selected - smallest or not selected:
-        largest = max(0, math.floor(1000 * (selected - smallest - base.extra) / max(1, base.parameters)) / 1000)
+    room = selected - sum(geometry.parameters_at(geometry.nearest(0, align)) for geometry in chosen)
+    if not 0 < room >= ratio * base.parameters + base.extra:
+        largest = max(0, math.floor(1000 * (room - base.extra) / max(1, base.parameters)) / 1000)
+        what = f"--ratio {ratio:g} is out of reach" if ratio else "nothing can be removed"  # none was given
         raise InvalidRequest(
-            f"--ratio {ratio:g} is out of reach with --modules {','.join(modules)} and --align {align}: at most "
-            f"{largest:g} of {base.name} can go; use less, more modules or layers, or a finer alignment"
+            f"{what} with --modules {','.join(modules)} and --align {align}: at most {largest:g} of {base.name} can "
+            "go; use less, more modules or layers, or a finer alignment"
         )
     return max(0.0, (ratio * base.parameters + base.extra) / selected)
 

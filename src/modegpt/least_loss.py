@@ -101,7 +101,7 @@ def largest_ratio(
 ) -> float:
     """The largest ratio, in thousandths, whose ranks by :func:`ranks_from_losses` lose no more than ``limit`` in all.
 
-    Raises :class:`InvalidRequest` where even a thousandth loses more.
+    Raises :class:`InvalidRequest` where even a thousandth loses more, or is more than can be removed.
     """
 
     def lost(thousandths: int) -> float:
@@ -116,6 +116,7 @@ def largest_ratio(
         middle = (low + high) // 2
         low, high = (middle, high) if lost(middle) <= limit else (low, middle)
     if low == 0:
+        ranks_from_losses(layers, losses, 1 / 1000, align, base, interplay)  # refuses what is out of reach
         raise InvalidRequest(
             f"--max-perplexity-increase {math.expm1(limit):.3g}: removing a thousandth is predicted to cost "
             f"{math.expm1(min(lost(1), 700.0)):.3g} already; allow more"

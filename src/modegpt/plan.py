@@ -158,7 +158,7 @@ def make_plan(
         raise InvalidRequest(f"MODEL {config.model!r}: its config describes no model: {message}") from error
     config = with_ratio(config, model, dtype.itemsize)
     method = METHODS[config.method].from_config(config)
-    method.check(model, model_geometry(model, method.geometry), config, _ratio(config))
+    method.check(model, model_geometry(model, method.geometry), config, config.ratio or 0.0)
     if config.profile != "full":
         check_tied(model.config)
     plan = predict(config, shape)

@@ -123,7 +123,9 @@ class ModuleProfile:
     @property
     def faint(self) -> bool:
         """Whether rank p costs so little that D(p) / J(p) says nothing of ranks below."""
-        return self.divergence < _FAINT_DIVERGENCE and float(self.curve()[self.probed]) < _FAINT_ERROR * self.errors[0]
+        error = float(self.curve()[self.probed])
+        little = self.divergence < _FAINT_DIVERGENCE and error < _FAINT_ERROR * self.errors[0]
+        return little or error <= 0 < self.errors[0]  # D(p) is noise then
 
 
 @dataclass(frozen=True)

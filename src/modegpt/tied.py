@@ -92,6 +92,18 @@ def tied_choice(
     )
 
 
+def tied_step(geometry: Sequence[LayerGeometry], config: CompressionConfig) -> int:
+    """The parameters between two sizes: of a step of one MLP (``gguf``), or of all MLPs at once (``stock``)."""
+    mlps = [layer.modules["mlp"] for layer in geometry]
+    if config.profile == "stock":
+        return sum(shape.largest_step(config.alignment) for shape in mlps)
+    return max(shape.largest_step(_mlp_step(config)) for shape in mlps)
+
+
+def _mlp_step(config: CompressionConfig) -> int:
+    return math.lcm(config.alignment, _MLP_MULTIPLE)
+
+
 def _numbers(layer: LayerGeometry, align: int) -> list[int]:
     """Pairs that heads can keep: all, or what makes a multiple of ``align`` and of :data:`HEAD_MULTIPLE` channels."""
     full = layer.modules["qk"].full
@@ -119,8 +131,8 @@ def _ranks(
             mlps = _equal(geometry, wanted, config.alignment)
         else:
             only: Losses = [{"mlp": one["mlp"]} for one in losses]
-            step = math.lcm(config.alignment, _MLP_MULTIPLE)
-            free = ranks_from_losses(geometry, only, config.ratio, step, replace(base, extra=base.extra - gone))
+            extra = replace(base, extra=base.extra - gone)
+            free = ranks_from_losses(geometry, only, config.ratio, _mlp_step(config), extra)
             mlps = [rank["mlp"] for rank in free]
     except InvalidRequest:  # out of reach with so many pairs
         return None
