@@ -155,7 +155,7 @@ def test_the_tables_have_old_and_new_rows(quality: ModuleType, head: Any, tmp_pa
     parts = (tmp_path / "quality.md").read_text().split("\n\n")
     tables = [part.strip().splitlines()[-1] for part in parts if part.startswith("|")]
     assert tables == [
-        "| greedy | dense | uniform |  | 21.00 | 30.00 |",
+        "| greedy | dense | uniform |  | 21.00 | 30.00 / 80.00 |",
         "| greedy | dense | uniform |  |  | 80.00 |",
         "| greedy | dense | uniform |  | 30.00 | 80.00 |",
         "| greedy | dense | uniform |  | 1.00 | 1.00 |",
