@@ -9,7 +9,7 @@ from helpers import mixed, randn
 from modegpt.decompositions.linalg import conjugate_gradients, solve_psd, top_indices
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
     """Compare relative to the largest entry."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * float(expected.abs().max()))
 
@@ -18,13 +18,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float) -> None:
 def test_well_conditioned_matrix_is_inverted(size: int) -> None:
     factor = randn(4 * size + 4, size, seed=size)
     matrix, rhs = factor.T @ factor, randn(size, 3)
-    close(solve_psd(matrix, rhs), torch.linalg.pinv(matrix, hermitian=True) @ rhs, rtol=1e-11)
+    assert_near(solve_psd(matrix, rhs), torch.linalg.pinv(matrix, hermitian=True) @ rhs, rtol=1e-11)
 
 
 def test_diagonal_matrix_has_the_reciprocal_as_its_answer() -> None:
     diagonal = torch.tensor([4.0, 0.5, 0.0, 10.0], dtype=torch.float64)
     expected = torch.diag(torch.tensor([0.25, 2.0, 0.0, 0.1], dtype=torch.float64))
-    close(solve_psd(torch.diag(diagonal), torch.eye(4, dtype=torch.float64)), expected, rtol=1e-15)
+    assert_near(solve_psd(torch.diag(diagonal), torch.eye(4, dtype=torch.float64)), expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("decades", [4, 8, 14])
@@ -34,14 +34,14 @@ def test_badly_scaled_channels_do_not_cost_accuracy(decades: int) -> None:
     unit, scale = factor.T @ factor, torch.logspace(-decades / 2, decades / 2, 12, dtype=torch.float64)
     rhs = randn(12, 5, seed=1)
     actual = solve_psd(unit * scale[:, None] * scale, rhs * scale[:, None]) * scale[:, None]
-    close(actual, torch.linalg.pinv(unit, hermitian=True) @ rhs, rtol=1e-11)
+    assert_near(actual, torch.linalg.pinv(unit, hermitian=True) @ rhs, rtol=1e-11)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_singular_matrix_with_unit_diagonal_gives_the_pseudo_inverse(rank: int) -> None:
     vectors = torch.nn.functional.normalize(randn(rank, 10), dim=0)
     matrix, rhs = vectors.T @ vectors, randn(10, 4, seed=1)
-    close(solve_psd(matrix, rhs), torch.linalg.pinv(matrix, hermitian=True, rtol=1e-12) @ rhs, rtol=1e-10)
+    assert_near(solve_psd(matrix, rhs), torch.linalg.pinv(matrix, hermitian=True, rtol=1e-12) @ rhs, rtol=1e-10)
 
 
 def test_rounding_does_not_hide_a_singular_direction() -> None:
@@ -51,7 +51,7 @@ def test_rounding_does_not_hide_a_singular_direction() -> None:
             vectors = torch.nn.functional.normalize(randn(size - 1, size, seed=seed), dim=0)
             matrix = vectors.T @ vectors
             expected = torch.linalg.pinv(matrix, hermitian=True, rtol=1e-12)
-            close(solve_psd(matrix, torch.eye(size, dtype=torch.float64)), expected, rtol=1e-6)
+            assert_near(solve_psd(matrix, torch.eye(size, dtype=torch.float64)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
@@ -59,7 +59,7 @@ def test_singular_matrix_still_solves_every_consistent_system(rank: int) -> None
     activations = mixed(rank, 10)
     matrix = activations.T @ activations
     rhs = matrix @ randn(10, 4, seed=1)
-    close(matrix @ solve_psd(matrix, rhs), rhs, rtol=1e-10)
+    assert_near(matrix @ solve_psd(matrix, rhs), rhs, rtol=1e-10)
 
 
 def test_dead_channels_give_zero_rows_and_leave_the_others_alone() -> None:
@@ -69,7 +69,7 @@ def test_dead_channels_give_zero_rows_and_leave_the_others_alone() -> None:
     matrix, rhs = activations.T @ activations, randn(6, 3, seed=1)
     actual = solve_psd(matrix, rhs)
     assert torch.equal(actual[[1, 4]], torch.zeros(2, 3, dtype=torch.float64))
-    close(actual[alive], torch.linalg.inv(matrix[alive][:, alive]) @ rhs[alive], rtol=1e-11)
+    assert_near(actual[alive], torch.linalg.inv(matrix[alive][:, alive]) @ rhs[alive], rtol=1e-11)
 
 
 def test_zero_matrix_gives_zero() -> None:
@@ -85,7 +85,7 @@ def test_nearly_equal_channels_stay_accurate_where_the_data_are(gap: float) -> N
     matrix = activations.T @ activations
     solution = solve_psd(matrix, matrix @ weights)
     assert solution.abs().max() < 10
-    close(activations @ solution, activations @ weights, rtol=1e-8)
+    assert_near(activations @ solution, activations @ weights, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_as_many_steps_as_unknowns_solve_the_system(size: int) -> None:
     factor = randn(4 * size + 4, size, seed=size)
     matrix, rhs = factor.T @ factor, randn(size, 3)
     found = conjugate_gradients(rhs, lambda x: matrix @ x, lambda x: x / matrix.diagonal()[:, None], 3 * size)
-    close(found, torch.linalg.solve(matrix, rhs), rtol=1e-8)
+    assert_near(found, torch.linalg.solve(matrix, rhs), rtol=1e-8)
 
 
 def test_one_step_with_the_inverse_as_preconditioner_is_enough() -> None:
     factor = randn(30, 5)
     matrix, rhs = factor.T @ factor, randn(5, 2)
     answer = torch.linalg.solve(matrix, rhs)
-    close(
+    assert_near(
         conjugate_gradients(rhs, lambda x: matrix @ x, lambda x: torch.linalg.solve(matrix, x), 1), answer, rtol=1e-12
     )
 

@@ -206,6 +206,9 @@ def test_never_worse_than_algorithm_3_and_its_grouped_form(per_group: int, atten
             paper = svd_decomposition(inputs.T @ inputs, value, output, rank)
             solutions = (getattr(Greedy(1e-9).value_output(weights, sums), name)(rank) for name in ("at", "final"))
             whole = (outputs(value) @ output).sum((0, 1))
+            basis = torch.linalg.lstsq(value, paper.value).solution
+            ridged = float(loss_of(regularised(heads.T @ heads, 1e-2), output, basis, paper.output))
+            assert Greedy(1e-2).value_output(weights, sums).at(rank).error <= ridged * (1 + 1e-6)
             errors = [  # none is less than rounding
                 max(float(((outputs(thin.value) @ thin.output).sum((0, 1)) - whole).square().sum()), nothing(whole))
                 for thin in (paper, *(solution.weights for solution in solutions))

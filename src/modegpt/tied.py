@@ -131,8 +131,8 @@ def _ranks(
             mlps = _equal(geometry, wanted, config.alignment)
         else:
             only: Losses = [{"mlp": one["mlp"]} for one in losses]
-            extra = replace(base, extra=base.extra - gone)
-            free = ranks_from_losses(geometry, only, config.ratio, _mlp_step(config), extra)
+            left = replace(base, extra=base.extra - gone)
+            free = ranks_from_losses(geometry, only, config.ratio, _mlp_step(config), left)
             mlps = [rank["mlp"] for rank in free]
     except InvalidRequest:  # out of reach with so many pairs
         return None
