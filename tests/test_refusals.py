@@ -566,6 +566,7 @@ def test_too_many_samples_for_the_memory_are_refused_unless_they_go_to_disk(
     refuse_options: Refuse, tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
     options = ("--samples", 10**6, "--sequence-length", 128)
     needed, free = gibibytes(line := refuse_options(*options))
     assert free == 1.0
