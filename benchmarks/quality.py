@@ -16,7 +16,10 @@ Nothing is chosen by what perplexity is measured on: the temperatures are given.
 lines, as papers do, which gives other windows than a file with single line breaks.) The time of a compression is the
 processor's, in units of that of a dense forward pass over the calibration tokens, just before it. Writes
 ``results/quality.json`` and ``results/quality.md`` after every row; started again after an interruption, it goes on
-with the rows that are missing, or that lack some of the texts; ``--methods`` and ``--ratios`` do some of them first.
+with the rows that are missing, or that lack some of the texts; ``--rows`` and ``--ratios`` do some of them first:
+``--rows obc modegpt/dense/block-influence/0.03`` those whose names begin so, by method, statistics, allocation and
+temperature. With ``--checkpoints DIR`` the models, which other benchmarks take, are written into DIR, and rows whose
+model is not there are measured again.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import modegpt
 from benchmark_texts import TEST, command_of, named_files, parser_of_texts, perplexities, prepared
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
@@ -43,6 +47,7 @@ from modegpt.engine import Compression, Engine
 from modegpt.layered import resident
 from modegpt.methods import METHODS
 from modegpt.report import TextFacts, build_report, versions
+from modegpt.sources import ModelSource
 from results_file import RESULTS, table
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -50,7 +55,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 TIMED_WINDOWS = 4
 #: Method, statistics, allocation and temperature: of eq. 11 the automatic one, whose largest sparsity is 80 %, and two
 #: flatter ones.
-SETTINGS = (
+SETTINGS: tuple[Setting, ...] = (
     ("greedy", "dense", "sensitivity", "auto"),
     ("modegpt", "dense", "block-influence", 0.03),
     ("modegpt", "dense", "block-influence", 0.1),
@@ -71,28 +76,37 @@ KINDS = ("method", "statistics", "allocation", "temperature")
 #: The ratio of the table that has all texts.
 CROSS = 0.3
 Row = dict[str, Any]
+Setting = tuple[str, str, str, str | float]
 
 
 def main() -> None:
     """Measure every row and write the results file."""
     parser = parser_of_texts(__doc__, RESULTS / "quality.json")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
-    methods = sorted({setting[0] for setting in SETTINGS})
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="METHOD[/STATISTICS[/ALLOCATION[/TEMPERATURE]]]")
+    parser.add_argument("--checkpoints", type=Path)
     arguments = parser.parse_args()
-    given = prepared(arguments)
+    settings = [setting for name in arguments.rows for setting in settings_named(name)]
+    if arguments.checkpoints and len({method for method, *_ in settings}) < len(settings):
+        parser.error("--checkpoints: models are named by method and ratio; choose one of each method's --rows")
+    given, tokenizer = prepared(arguments), ModelSource(arguments.model).tokenizer()
     model, texts = given.model, given.texts
     run = Run(model, given.train, given.probe)
 
     results = header(arguments, given.calibration, texts)
+    results["command"] += rows_asked(arguments)
     results["rows"] = rows = previous_rows(arguments.output, results)
     dense = perplexities(model, texts)
     print(f"dense: {dense}; {len(rows)} rows are there already", flush=True)
     results["dense_perplexity"] = dense[TEST]
-    for setting in missing_settings(rows, arguments.ratios, texts.keys() - {TEST}, arguments.methods):
+    wanted = [setting_of(setting, ratio) for setting, ratio in itertools.product(settings, arguments.ratios)]
+    for setting in missing_settings(rows, wanted, texts.keys() - {TEST}, arguments.checkpoints):
         config = CompressionConfig.validated(**setting)
         result, forwards = run.compress(config)
-        report = build_report(model, result, config, given.calibration, command="benchmarks/quality.py")
+        report = build_report(model, result, config, given.calibration, command=results["command"])
+        if arguments.checkpoints:
+            place = arguments.checkpoints / checkpoint_name(setting)
+            modegpt.save(result.model, place, tokenizer=tokenizer, report=report, overwrite=True)
         row = {
             **setting,
             "block_parameters_removed": round(report.block_parameters.removed, 6),
@@ -172,27 +186,41 @@ def perplexity_columns(found: Mapping[str, float], dense: Mapping[str, float]) -
     return {"perplexity": found[TEST], "dense_perplexity": dense[TEST], "texts": others}
 
 
+def settings_named(name: str) -> list[Setting]:
+    """Those of ``SETTINGS`` that begin with the parts of ``name``."""
+    parts = name.split("/") if name else []
+    found = [setting for setting in SETTINGS if [str(part) for part in setting[: len(parts)]] == parts]
+    if not found:
+        names = ", ".join("/".join(map(str, setting)) for setting in SETTINGS)
+        raise SystemExit(f"--rows: {name!r} begins none of {names}")
+    return found
+
+
+def setting_of(setting: Setting, ratio: float) -> Row:
+    """The options of a row."""
+    return dict(zip(KINDS, setting, strict=True)) | {"ratio": ratio}
+
+
+def checkpoint_name(setting: Row) -> str:
+    """The directory of a row's model."""
+    return f"{setting['method']}-{round(100 * setting['ratio'])}"
+
+
 def missing_settings(
-    rows: list[Row], ratios: Sequence[float], texts: Collection[str], methods: Collection[str]
+    rows: list[Row], wanted: Sequence[Row], texts: Collection[str], checkpoints: Path | None
 ) -> Iterator[Row]:
-    """The settings of ``methods`` without a row, or with one that lacks some of ``texts``."""
-    for (method, statistics, allocation, temperature), ratio in itertools.product(SETTINGS, ratios):
-        if method not in methods:
-            continue
-        setting: Row = {"method": method, "allocation": allocation, "temperature": temperature}
-        setting |= {"statistics": statistics, "ratio": ratio}
+    """Those of ``wanted`` that have no row, one that lacks some of ``texts``, or no model in ``checkpoints``."""
+    for setting in wanted:
         known = next((row for row in rows if row.items() >= setting.items()), None)
-        if known is None or not set(texts) <= set(known.get("texts", {})):
+        measured = known is not None and set(texts) <= set(known.get("texts", {}))
+        if not measured or (checkpoints and not (checkpoints / checkpoint_name(setting)).is_dir()):
             yield setting
 
 
 def keep(rows: list[Row], setting: Row, row: Row) -> None:
-    """Put ``row`` in place of an older one of the same ``setting``, or at the end."""
-    for place, other in enumerate(rows):
-        if other.items() >= setting.items():
-            rows[place] = row
-            return
-    rows.append(row)
+    """Put ``row`` in place of an older one of the same ``setting``, and all in the order of ``SETTINGS``."""
+    rows[:] = [other for other in rows if not other.items() >= setting.items()] + [row]
+    rows.sort(key=lambda row: (SETTINGS.index(tuple(row[kind] for kind in KINDS)), row["ratio"]))
 
 
 def previous_rows(path: Path, header: Row) -> list[Row]:
@@ -200,8 +228,6 @@ def previous_rows(path: Path, header: Row) -> list[Row]:
     if not path.is_file():
         return []
     previous = json.loads(path.read_text())
-    calibration = {"mixture": None, **previous.get("calibration", {})}
-    previous |= {"calibration": calibration, "test": {"mixture": None, **previous.get("test", {})}}
     changed = [key for key in header.keys() - {"command", "texts", "rows"} if previous.get(key) != header[key]]
     known = previous.get("texts", {})
     changed += [name for name, facts in header["texts"].items() if name in known and known[name] != facts]
@@ -256,6 +282,15 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
         text += "\nTime of the compression, in dense forward passes over the calibration tokens.\n\n"
         text += pivot(timed, ratios, lambda row: f"{row['dense_forward_passes']:.2f}")
     path.with_suffix(".md").write_text(f"{text}\nMade by `{results['command']}`.\n")
+
+
+def rows_asked(arguments: argparse.Namespace) -> str:
+    """The options of a results file of its own; that of all rows is filled by several runs."""
+    if arguments.output == RESULTS / "quality.json":
+        return ""
+    rows = [] if arguments.rows == [""] else ["--rows", *arguments.rows]
+    ratios = [] if arguments.ratios == RATIOS else ["--ratios", *map(str, arguments.ratios)]
+    return f" {' '.join([*rows, *ratios, '--output', arguments.output.name])}"
 
 
 def measured_on(row: Row, names: Sequence[str]) -> list[float]:

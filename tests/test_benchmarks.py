@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,26 +83,40 @@ NEW = OLD | {
 }
 
 
-def test_rows_without_some_of_the_texts_are_measured_again(quality: ModuleType) -> None:
-    def asked(*texts: str) -> list[Any]:
-        rows = quality.missing_settings([OLD, NEW], [0.1, 0.3], dict.fromkeys(texts, ""), ["greedy"])
-        return [row["ratio"] for row in rows if (row["method"], row["allocation"]) == ("greedy", "uniform")]
+def test_rows_without_some_of_the_texts_or_without_their_model_are_measured_again(
+    quality: ModuleType, tmp_path: Path
+) -> None:
+    wanted = [quality.setting_of(("greedy", "dense", "uniform", "auto"), ratio) for ratio in (0.1, 0.3)]
+
+    def asked(*texts: str, checkpoints: Path | None = None) -> list[float]:
+        return [row["ratio"] for row in quality.missing_settings([OLD, NEW], wanted, texts, checkpoints)]
 
     assert asked() == []
     assert asked("ptb") == [0.1]
     assert asked("ptb", "alpaca") == [0.1, 0.3]
-    everything = list(quality.missing_settings([], [0.1, 0.3], {}, {setting[0] for setting in quality.SETTINGS}))
-    assert len(everything) == 2 * len(quality.SETTINGS)
-    assert {row["method"] for row in quality.missing_settings([], [0.1], {}, ["obc", "flap"])} == {"obc", "flap"}
+    (tmp_path / "greedy-30").mkdir()
+    assert asked(checkpoints=tmp_path) == [0.1]
+    assert list(quality.missing_settings([], wanted, [], None)) == wanted
+
+
+def test_rows_are_chosen_by_the_beginning_of_their_names(quality: ModuleType) -> None:
+    assert quality.settings_named("") == list(quality.SETTINGS)
+    assert {setting[0] for setting in quality.settings_named("modegpt")} == {"modegpt"}
+    papers = quality.settings_named("modegpt/dense/block-influence/0.03")
+    assert papers == [("modegpt", "dense", "block-influence", 0.03)]
+    assert quality.settings_named("svd") == [("svd", "dense", "uniform", "auto")], "and not those of svd-llm"
 
 
 def test_a_row_measured_again_takes_the_place_of_the_old_one(quality: ModuleType) -> None:
-    rows = [dict(OLD), dict(NEW)]
+    rows = [dict(NEW), dict(OLD)]
     setting = {name: OLD[name] for name in ("method", "allocation", "temperature", "statistics", "ratio")}
     quality.keep(rows, setting, OLD | {"perplexity": 20.5})
     assert [row["perplexity"] for row in rows] == [20.5, 30.0]
     quality.keep(rows, setting | {"ratio": 0.5}, OLD | {"ratio": 0.5})
     assert [row["ratio"] for row in rows] == [0.1, 0.3, 0.5]
+    first = dict(zip(quality.KINDS, quality.SETTINGS[0], strict=True)) | {"ratio": 0.2}
+    quality.keep(rows, first, OLD | first)
+    assert [row["ratio"] for row in rows] == [0.2, 0.1, 0.3, 0.5], "in the order of the settings"
 
 
 @pytest.fixture
@@ -114,16 +128,13 @@ def head(quality: ModuleType, texts: ModuleType, tmp_path: Path) -> Any:
     return quality.header(arguments, TextFacts.of("train.txt", windows), {"test": windows, "ptb": windows})
 
 
-def test_rows_of_a_file_from_before_there_were_further_texts_are_taken_up(
-    quality: ModuleType, head: Any, tmp_path: Path
-) -> None:
-    old = {name: value for name, value in head.items() if name != "texts"} | {"command": "shorter", "rows": [OLD]}
-    for name in ("calibration", "test"):
-        old[name] = {key: value for key, value in old[name].items() if key != "mixture"}
-    path = tmp_path / "quality.json"
-    path.write_text(json.dumps(old))
-    assert quality.previous_rows(path, head) == [OLD]
-    assert quality.previous_rows(tmp_path / "other.json", head) == []
+def test_a_file_of_its_own_says_which_rows_it_was_asked_for(quality: ModuleType, tmp_path: Path) -> None:
+    asked = SimpleNamespace(rows=["greedy"], ratios=[0.3], output=tmp_path / "own.json")
+    assert quality.rows_asked(asked) == " --rows greedy --ratios 0.3 --output own.json"
+    everything = SimpleNamespace(rows=[""], ratios=quality.RATIOS, output=tmp_path / "own.json")
+    assert quality.rows_asked(everything) == " --output own.json"
+    asked.output = quality.RESULTS / "quality.json"
+    assert quality.rows_asked(asked) == "", "several runs fill it"
 
 
 @pytest.mark.parametrize("changed", ["model_sha256", "calibration", "test", "ptb"])
@@ -142,6 +153,7 @@ def test_rows_of_another_run_are_dropped_and_that_is_said(
     assert capsys.readouterr().out == ""
     assert quality.previous_rows(path, head) == []
     assert capsys.readouterr().out == f"{path}: 1 rows are dropped, of another {changed}\n"
+    assert quality.previous_rows(tmp_path / "other.json", head) == []
 
 
 def test_files_are_named_and_not_located(head: Any) -> None:
@@ -186,13 +198,24 @@ def test_columns_of_texts_do_not_depend_on_the_order_of_a_row(quality: ModuleTyp
     assert lines[-1].endswith("| 80.00 | 90.00 |")
 
 
-def test_methods_without_rows_are_refused(
-    quality: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "greedy", "gredy"], "'gredy' begins none of greedy/dense/sensitivity/auto, "),
+        (["--rows", "modegpt", "--checkpoints", "models"], "choose one of each method's --rows"),
+    ],
+)
+def test_rows_that_cannot_be_measured_are_refused(
+    quality: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["quality.py", "--train", "a", "--test", "b", "--methods", "greedy", "gredy"])
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--train", "a", "--test", "b", *options])
+    with pytest.raises(SystemExit) as refusal:
         quality.main()
-    assert "invalid choice: 'gredy'" in capsys.readouterr().err
+    assert message in f"{refusal.value}{capsys.readouterr().err}"
 
 
 def test_the_published_rows_make_the_published_table(quality: ModuleType, tmp_path: Path) -> None:
