@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3ForCausalLM,
+)
 
 import modegpt
 from family_table import BY_NAME
@@ -28,11 +35,12 @@ from modegpt.exports.stock import stock_model
 from modegpt.sources import ModelSource
 
 PLAIN = [name for name, row in BY_NAME.items() if row.build().config.model_type in LIKE_LLAMA]
+NORMED = ("qwen3", "qwen3-biases")
 METHODS = ("modegpt", "flap", "svd", "joint-rank-k", "shortgpt")
 
 
-def smaller(name: str, method: str | None, **options: Any) -> PreTrainedModel:
-    model = BY_NAME[name].build()
+def smaller(name: str, method: str | None, width: int = 48, **options: Any) -> PreTrainedModel:
+    model = BY_NAME[name].build(intermediate_size=width)
     if method is None:
         return model
     return modegpt.compress(model, calibration=token_windows(8, 32), **{"ratio": 0.3, "method": method, **options})
@@ -50,14 +58,17 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     ("name", "method"),
     [
         *((name, method) for name in PLAIN for method in (None, "greedy", "obc")),
-        *((name, method) for name in ("llama-gqa", "llama-biases", "phi3") for method in METHODS),
+        *((name, method) for name in ("llama-gqa", "llama-biases", "phi3", "granite") for method in METHODS),
+        *(("qwen3", method) for method in METHODS if method != "flap"),
     ],
 )
 def test_a_plain_llama_computes_the_same(name: str, method: str | None) -> None:
-    model = smaller(name, method)
+    """Or a plain Qwen3, whose heads have to be whole."""
+    whole: dict[str, dict[str, Any]] = {"greedy": {"profile": "gguf", "width": 192}, "modegpt": {"modules": "mlp,vo"}}
+    model = smaller(name, method, **whole.get(method or "", {}) if name in NORMED else {})
     plain = PlainDecoder(model)
     stock = stock_model(plain)
-    assert type(stock) is LlamaForCausalLM
+    assert type(stock) is (Qwen3ForCausalLM if name in NORMED else LlamaForCausalLM)
     ids = token_windows(2, min(24, plain.shape.context)).ids
     torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=5e-5)
 
@@ -84,7 +95,26 @@ def test_only_pairs_and_widths_that_some_layer_keeps_are_there() -> None:
     torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mixtral", "gemma"])
+def test_a_granite_stays_tied_and_has_no_multipliers() -> None:
+    dense = BY_NAME["granite"].build(tie_word_embeddings=True)
+    model = modegpt.compress(dense, calibration=token_windows(8, 32), ratio=0.3)
+    plain = PlainDecoder(model)
+    stock = stock_model(plain)
+    assert stock.lm_head.weight.data_ptr() == stock.model.embed_tokens.weight.data_ptr()
+    assert plain.shape.epsilon == model.config.rms_norm_eps / model.config.embedding_multiplier**2
+
+
+def test_heads_that_lack_channels_of_their_norms_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="compress with --profile gguf or stock, which leave these whole"):
+        PlainDecoder(smaller("qwen3", "greedy"))
+
+
+def test_biases_that_a_plain_qwen3_has_no_place_for_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="a plain Qwen3 has no biases in its MLPs"):
+        stock_model(PlainDecoder(smaller("qwen3", "flap")))
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gpt2", "mixtral", "gemma"])
 def test_what_is_no_llama_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest, match="MODEL cannot be a plain Llama: models of type"):
         check_plain(BY_NAME[name].build().config)

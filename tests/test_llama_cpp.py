@@ -87,7 +87,14 @@ def with_equal_heads(profile: str, vocabulary: int) -> PreTrainedModel:
     return model
 
 
-#: With the architecture of the file: of layers of several widths ``deci``.
+def with_norms(vocabulary: int, tied: bool = True, **options: Any) -> PreTrainedModel:
+    """Queries and keys with norms, whose weights are not all ones."""
+    sizes = {"vocab_size": vocabulary, "intermediate_size": 192, "tie_word_embeddings": tied, "head_dim": 32}
+    model = BY_NAME["qwen3"].build(**sizes)
+    return modegpt.compress(model, calibration=token_windows(16, 32), **{"ratio": 0.3, **options})
+
+
+#: With the architecture of the file: of layers of several widths ``deci``, with norms of queries and keys ``openelm``.
 KINDS: dict[str, tuple[str, Callable[[int], PreTrainedModel]]] = {
     "narrow heads": ("llama", lambda count: narrow_llama(vocab_size=count)),
     "profile gguf": ("deci", partial(with_equal_heads, "gguf")),
@@ -98,6 +105,11 @@ KINDS: dict[str, tuple[str, Callable[[int], PreTrainedModel]]] = {
     "biases, several widths": ("deci", partial(smaller, "llama-biases")),
     "qwen2": ("deci", partial(smaller, "qwen2")),
     "phi3": ("deci", partial(smaller, "phi3")),
+    "granite": ("deci", partial(smaller, "granite")),
+    "qwen3, one width": ("qwen3", partial(with_norms, profile="stock")),
+    "qwen3, several widths": ("openelm", partial(with_norms, profile="gguf")),
+    "qwen3, several widths, another head": ("qwen3", partial(with_norms, profile="gguf", tied=False)),
+    "qwen3, several numbers of heads": ("openelm", partial(with_norms, method="obc", allocation="block-influence")),
     "llama3's rotary scaling": ("deci", partial(smaller, "llama-llama3")),
     "two thin maps": ("llama", partial(smaller, "llama-gqa", method="svd")),
 }

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import modegpt
+from family_table import BY_NAME
 from helpers import run_cli, tiny_llama, token_windows
 from modegpt import tied
 from modegpt.config import CompressionConfig
@@ -52,6 +53,20 @@ def test_nothing_is_padded(profile: str, ratio: float) -> None:
         ids = token_windows(2, 24).ids
         with torch.no_grad():
             torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("profile", ["gguf", "stock"])
+def test_heads_with_norms_stay_whole(profile: str) -> None:
+    dense = BY_NAME["qwen3"].build(**SIZES)
+    model = modegpt.compress(dense, calibration=token_windows(16, 32), ratio=0.3, profile=profile)
+    blocks = model.compression_report.block_parameters
+    assert abs(blocks.removed - 0.3) * blocks.dense <= (16 if profile == "gguf" else 3 / 2) * 3 * 32
+    assert {layer.self_attn.qk_head_dim for layer in model.model.layers} == {32}
+    exported = PlainDecoder(model)
+    assert exported.shape.head == 32
+    if profile == "stock":
+        own, other = (sum(p.numel() for p in one.parameters()) for one in (model, stock_model(exported)))
+        assert other < own, "one norm for all heads in place of their own"
 
 
 def test_widths_for_k_quants() -> None:

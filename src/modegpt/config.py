@@ -99,7 +99,7 @@ class CompressionConfig(BaseModel):
         "full",
         description="What the compressed layers may look like: 'full', every module its own ranks; 'gguf', what a GGUF "
         "file can hold without padding (all heads of one size, with the same rotary pairs; MLPs of multiples of 32 "
-        "channels); 'stock', a plain LlamaForCausalLM (the same, and MLPs of one width). See modegpt export.",
+        "channels); 'stock', a plain Llama or Qwen3 (the same, and MLPs of one width). See modegpt export.",
     )
     ratio_of: Literal["blocks", "touched"] = Field(
         "blocks",

@@ -6,7 +6,8 @@ Which r pairs is one choice for all heads of all layers, made by Type II's elimi
 
     sum over layers of w_l J_l(c'),  w_l = D_l(p) / J_l(p),
 
-the divergence that :class:`modegpt.results.ModuleProfile` predicts from J.
+the divergence that :class:`modegpt.results.ModuleProfile` predicts from J. Where queries and keys have norms, these are
+of all channels of a head, and heads stay whole.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .budget import LayerGeometry, LayerRanks, Module, ranks_of
 from .config import CompressionConfig
 from .decompositions import LogitLadder, kept_coefficients, logit_ladder
 from .errors import InvalidRequest
-from .exports.plain import check_plain
+from .exports.plain import check_plain, has_norms
 from .layout import rotary_pairs
 from .least_loss import Losses, losses_at, ranks_from_losses, total_loss
 from .methods.greedy import LOGIT_RIDGE
@@ -53,7 +54,7 @@ class _Heads:
 
 
 def check_tied(config: PreTrainedConfig) -> None:
-    """Refuse the models of a ``config`` that cannot become a plain Llama with fewer rotary pairs."""
+    """Refuse the models of a ``config`` that cannot become a plain decoder of equal layers."""
     check_plain(config)
     if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
         raise InvalidRequest("--profile: MODEL's rotary embedding turns a part of every head only; use --profile full")
@@ -63,10 +64,12 @@ def tied_choice(
     engine: Engine, geometry: Sequence[LayerGeometry], config: CompressionConfig, profile: Profile
 ) -> Choice:
     """The ranks of least predicted loss that ``config.profile`` allows; raises :class:`InvalidRequest` for no such."""
-    losses, interplay, heads = profile.losses(), profile.interplay(), _heads(engine, profile)
-    by_pairs = heads.losses()
+    losses, interplay = profile.losses(), profile.interplay()
+    heads = None if has_norms(engine.dense.model.config) else _heads(engine, profile)
+    whole = geometry[0].modules["qk"].full
+    by_pairs = {whole: 0.0} if heads is None else dict(enumerate(heads.losses()))
     best: tuple[float, int, list[LayerRanks]] | None = None
-    for pairs in _numbers(geometry[0], config.alignment):
+    for pairs in [whole] if heads is None else _numbers(whole, config.alignment):
         ranks = _ranks(geometry, losses, config, pairs)
         if ranks is None:
             continue
@@ -78,7 +81,7 @@ def tied_choice(
     if best is None:
         raise InvalidRequest(f"--ratio {config.ratio}: out of reach with --profile {config.profile}; use a smaller one")
     _, pairs, ranks = best
-    kept = heads.ladder.kept(pairs)[0].tolist()
+    kept = None if heads is None else heads.ladder.kept(pairs)[0].tolist()
     removed: list[dict[Module, float]] = [
         {name: 1 - rank[name] / shape.full for name, shape in layer.modules.items()}
         for rank, layer in zip(ranks, geometry, strict=True)
@@ -86,7 +89,7 @@ def tied_choice(
     return Choice(
         ranks,
         removed,
-        divergence=_divergence(engine, profile, heads, ranks, kept),
+        divergence=_divergence(engine, profile, heads, ranks, kept) if heads and kept else profile.divergence(ranks),
         ratio=config.ratio,
         pairs=kept,
     )
@@ -104,9 +107,8 @@ def _mlp_step(config: CompressionConfig) -> int:
     return math.lcm(config.alignment, _MLP_MULTIPLE)
 
 
-def _numbers(layer: LayerGeometry, align: int) -> list[int]:
+def _numbers(full: int, align: int) -> list[int]:
     """Pairs that heads can keep: all, or what makes a multiple of ``align`` and of :data:`HEAD_MULTIPLE` channels."""
-    full = layer.modules["qk"].full
     step = math.lcm(2, align, HEAD_MULTIPLE) // 2
     return [full, *range((full - 1) // step * step, 0, -step)]
 

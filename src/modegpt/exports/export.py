@@ -52,7 +52,7 @@ def export(
 
     ``gguf``: one file with the tokenizer, matrices of one ``kind`` of :data:`TYPES` or :data:`K_QUANTS`;
     ``pre_tokenizer`` is llama.cpp's name for how text is split, where it cannot be told. ``stock``: a directory with a
-    plain ``LlamaForCausalLM``.
+    plain ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``.
     ``onnx``: a directory with a graph, of any family. All compute what the model does; where the first two's rules ask
     for more channels, these are zeros. Raises :class:`InvalidRequest` before any weight is read for what cannot be
     written.

@@ -2,12 +2,16 @@
 
 Layers of one width are the architecture ``llama``; of several, ``deci``, the same block with sizes for every layer. In
 both the channels 2 i and 2 i + 1 of a head rotate together, where Transformers has i and i + D / 2.
+
+With query and key norms they are ``qwen3`` and ``openelm``. The latter has its queries, keys and values in one map and
+no head of its own, so layers of a model whose head is not its embeddings get the width of the widest.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,8 @@ _LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -75,19 +81,44 @@ def write_gguf(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFiel
     return counted[0]
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What a file says of its layers."""
+
+    architecture: str
+    widths: list[int]
+    heads: list[int]
+    groups: list[int]
+
+    @classmethod
+    def of(cls, shape: PlainShape) -> _Sizes:
+        widths = [-(-width // BLOCK) * BLOCK for width in shape.widths]
+        sizes = cls("", widths, list(shape.heads), list(shape.groups))
+        if shape.normed and not shape.usual:
+            raise InvalidRequest("--format gguf: llama.cpp has no rotary factors for models with query and key norms")
+        if shape.normed and not (sizes.same or shape.tied):
+            sizes = cls("", *([max(one)] * len(one) for one in (widths, shape.heads, shape.groups)))
+        names = ("qwen3", "openelm") if shape.normed else ("llama", "deci")
+        return replace(sizes, architecture=names[0 if sizes.same else 1])
+
+    @property
+    def same(self) -> bool:
+        """Whether all layers are alike."""
+        return len({*zip(self.widths, self.heads, self.groups, strict=True)}) == 1
+
+
 def _write(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFields, name: str) -> int:
-    shape, widths = plain.shape, [-(-width // BLOCK) * BLOCK for width in plain.shape.widths]
-    same = len({*zip(widths, shape.heads, shape.groups, strict=True)}) == 1
-    writer = gguf.GGUFWriter(path, "llama" if same else "deci", use_temp_file=True)  # a tensor at a time in memory
+    sizes = _Sizes.of(plain.shape)
+    writer = gguf.GGUFWriter(path, sizes.architecture, use_temp_file=True)  # a tensor at a time in memory
     spooled: Any = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - the writer closes it
     writer.temp_file = spooled  # where there has to be room for the file itself
     writer.add_name(name)
     writer.add_file_type(TYPES[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_sizes(writer, shape, widths, same)
+    _add_sizes(writer, plain.shape, sizes)
     fields.add_to(writer)
     count = 0
-    for label, tensor in _tensors(plain, widths):
+    for label, tensor in _tensors(plain, sizes):
         _add_tensor(writer, label, tensor, kind)
         count += tensor.numel()
     writer.write_header_to_file()
@@ -97,14 +128,14 @@ def _write(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFields, 
     return count
 
 
-def _add_sizes(writer: gguf.GGUFWriter, shape: PlainShape, widths: list[int], same: bool) -> None:
-    writer.add_block_count(len(widths))
+def _add_sizes(writer: gguf.GGUFWriter, shape: PlainShape, sizes: _Sizes) -> None:
+    writer.add_block_count(len(sizes.widths))
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
     writer.add_vocab_size(shape.vocabulary)
-    writer.add_feed_forward_length(widths[0] if same else widths)
-    writer.add_head_count(shape.heads[0] if same else list(shape.heads))
-    writer.add_head_count_kv(shape.groups[0] if same else list(shape.groups))
+    writer.add_feed_forward_length(sizes.widths[0] if sizes.same else sizes.widths)
+    writer.add_head_count(sizes.heads[0] if sizes.same else sizes.heads)
+    writer.add_head_count_kv(sizes.groups[0] if sizes.same else sizes.groups)
     writer.add_key_length(shape.head)
     writer.add_value_length(shape.head)
     writer.add_rope_dimension_count(shape.head)
@@ -112,15 +143,21 @@ def _add_sizes(writer: gguf.GGUFWriter, shape: PlainShape, widths: list[int], sa
     writer.add_layer_norm_rms_eps(shape.epsilon)
 
 
-def _tensors(plain: PlainDecoder, widths: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(plain: PlainDecoder, sizes: _Sizes) -> Iterator[tuple[str, torch.Tensor]]:
     shape = plain.shape
     for name, tensor in plain.rest().items():
         yield _renamed(name, _REST), tensor
     if not shape.usual:
         yield "rope_freqs.weight", shape.factors()
-    for index, width in enumerate(widths):
-        for name, tensor in plain.layer(index, width=width).items():
-            if name.startswith(("self_attn.q_proj", "self_attn.k_proj")):
+    for index, (groups, width) in enumerate(zip(sizes.groups, sizes.widths, strict=True)):
+        tensors = plain.layer(index, groups, width)
+        if shape.normed and any(name.endswith(".bias") for name in tensors):
+            raise InvalidRequest("--format gguf: llama.cpp has no biases for models with query and key norms")
+        if sizes.architecture == "openelm":
+            maps = [tensors.pop(f"self_attn.{one}_proj.weight") for one in "qkv"]
+            yield f"blk.{index}.attn_qkv.weight", torch.cat(maps)
+        for name, tensor in tensors.items():
+            if not shape.normed and name.startswith(("self_attn.q_proj", "self_attn.k_proj")):
                 tensor = _interleaved(tensor, shape.head)
             yield f"blk.{index}.{_renamed(name, _LAYER)}", tensor
 

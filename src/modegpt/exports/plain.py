@@ -9,6 +9,14 @@ stand for the pairs that a head does not keep and for the value channels that a 
 
 s the model's own softmax scale and a the factor of its rotary embedding (1 for channels that this leaves alone), makes
 the logits what they were. Maps that are stored as two thin ones become one.
+
+A model that multiplies its embeddings by m, what its parts add by r and its logits by 1 / z (Granite) is a plain one
+whose residual stream is x / m in place of x. RMS norms do not see that once their epsilon is divided by m^2:
+
+    W_o <- (r / m) W_o,  W_D <- (r / m) W_D,  weight of the last norm <- weight / z,  epsilon <- epsilon / m^2.
+
+Where queries and keys have norms of a head's channels (Qwen3), the plain model is a Qwen3: it is the query norm's
+weight that carries the softmax scale, and heads have to keep all channels that these norms are of.
 """
 
 from __future__ import annotations
@@ -21,18 +29,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteRMSNorm
 
 from ..errors import InvalidRequest
 from ..families import base_model, decoder_layers
 from ..layout import HeadShape
+from ..likeness import forward_code
 from ..modeling import FAMILIES, NORMS, CompactAttention, Family, features, has_experts, stock_config
 from ..modeling.modeling_factors import FactorisedLinear
 from ..modeling.modeling_modegpt import COMPRESSED
 from ..slicing import sliceable
 from ..weights import QueryKeyWeights, ValueOutputWeights, read_query_key, read_value_output
 
-#: Model types that are a Llama with other names, biases or packing.
-LIKE_LLAMA = ("llama", "mistral", "ministral", "phi3", "qwen2")
+#: Model types that are a Llama with other names, biases, packing or multipliers, or with query and key norms.
+LIKE_LLAMA = ("llama", "mistral", "ministral", "phi3", "qwen2", "granite", "qwen3")
 #: In place of a rotary frequency of zero, whose factor would be infinite: no float32 angle differs from 0.
 _STILL = 1e-30
 
@@ -63,6 +73,8 @@ class PlainShape:
     """Of the RMS norms."""
     vocabulary: int
     tied: bool
+    normed: bool
+    """Whether queries and keys have norms, as those of Qwen3."""
 
     def factors(self) -> torch.Tensor:
         """What the usual frequencies of D channels are divided by: f, theta_i = base^(-2 i / D) / f_i, (D / 2,)."""
@@ -85,7 +97,7 @@ class PlainDecoder:
         self._family = family.description
         self._layers = decoder_layers(model, family)
         check_plain(model.config)
-        if not all(sliceable(layer) for layer in self._layers):
+        if not all(sliceable(layer) or _multiplies(layer) for layer in self._layers):
             raise InvalidRequest(
                 "MODEL cannot be a plain Llama: its layers are not x + attention(norm(x)), then x + mlp(norm(x)), with "
                 "RMS norms and nothing else ('slicegpt' has adapters)"
@@ -97,6 +109,7 @@ class PlainDecoder:
         rotary: Any = base_model(model).get_submodule("rotary_emb")
         self._gains = _gains(rotary, self._slots, head)
         config = stock_config(model.config)
+        self._stream = _Stream.of(config)
         self.shape = PlainShape(
             hidden=config.hidden_size,
             head=head,
@@ -106,9 +119,10 @@ class PlainDecoder:
             groups=groups,
             widths=tuple(_width(layer, self._family) for layer in self._layers),
             context=_context(config, self._layers, self._family),
-            epsilon=float(config.rms_norm_eps),
+            epsilon=float(config.rms_norm_eps) / self._stream.embedded**2,
             vocabulary=config.vocab_size,
             tied=_tied(model),
+            normed=has_norms(model.config),
         )
 
     def _sizes(self, layer: nn.Module) -> tuple[torch.Tensor, int, int, int]:
@@ -130,6 +144,10 @@ class PlainDecoder:
         attention = _attention(layer, self._family, self.model)
         qk = _spread(attention.query_key, attention.pairs, self._slots, shape.head)
         scale = attention.scaling * math.sqrt(shape.head) * self._gains.to(qk.query)
+        if attention.norms is not None:
+            query_norm, key_norm = attention.norms
+            tensors |= {"self_attn.q_norm.weight": scale * query_norm, "self_attn.k_norm.weight": key_norm}
+            scale = torch.ones_like(scale)
         vo, missing = attention.value_output, shape.head - attention.value_output.value.shape[-1]
         more = (groups or shape.groups[index]) - shape.groups[index]
         value = _pad(vo.value, more, last=missing)  # (G, d, D)
@@ -147,15 +165,45 @@ class PlainDecoder:
             "o_proj": vo.output_bias,
         }
         tensors |= {f"self_attn.{name}.bias": bias.flatten() for name, bias in biases.items() if bias is not None}
-        return tensors | _mlp(layer, self._family, (width or shape.widths[index]) - shape.widths[index])
+        tensors |= _mlp(layer, self._family, (width or shape.widths[index]) - shape.widths[index])
+        added = self._stream.added / self._stream.embedded
+        return {name: added * x if name.split(".")[1] in _WRITING else x for name, x in tensors.items()}
 
     def rest(self) -> Tensors:
         """Embeddings, final norm and, unless it is tied, the head, in their own dtype."""
         embeddings: Any = self.model.get_input_embeddings()
         head: Any = self.model.get_output_embeddings()
         norm: Any = base_model(self.model).get_submodule("norm")
-        tensors = {"model.embed_tokens.weight": embeddings.weight.detach(), "model.norm.weight": _gain(norm)}
+        last = _gain(norm) / self._stream.read
+        tensors = {"model.embed_tokens.weight": embeddings.weight.detach(), "model.norm.weight": last}
         return tensors if self.shape.tied else tensors | {"lm_head.weight": head.weight.detach()}
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What a model multiplies on its residual stream."""
+
+    embedded: float
+    """m: the embeddings, by this."""
+    added: float
+    """r: what attention and MLP add, by this."""
+    read: float
+    """z: the logits, by 1 / z."""
+
+    @classmethod
+    def of(cls, config: Any) -> _Stream:
+        names = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+        return cls(*(float(getattr(config, name, 1.0)) for name in names))
+
+
+def _multiplies(layer: nn.Module) -> bool:
+    """Whether a stock layer is x + r attention(norm(x)), then x + r mlp(norm(x)), with RMS norms."""
+    same = forward_code(type(layer)) == forward_code(GraniteDecoderLayer)
+    return same and all(forward_code(type(getattr(layer, name))) == forward_code(GraniteRMSNorm) for name in NORMS)
+
+
+#: The maps that add to the residual stream.
+_WRITING = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -166,6 +214,13 @@ class _Attention:
     """(G, r); the number after the last one for pairs that do not rotate."""
     value_output: ValueOutputWeights
     scaling: float
+    norms: tuple[torch.Tensor, torch.Tensor] | None
+    """The weights (h,) of the query and the key norm."""
+
+
+def has_norms(config: PreTrainedConfig) -> bool:
+    """Whether the models of a ``config`` have query and key norms."""
+    return any(FAMILIES[config.model_type.removeprefix(COMPRESSED)].description.norms)
 
 
 def check_plain(config: PreTrainedConfig) -> None:
@@ -188,7 +243,8 @@ def _attention(layer: nn.Module, family: Family, model: PreTrainedModel) -> _Att
     shape = HeadShape.of(layer, model.config, family)
     query_key, pairs = read_query_key(layer, family, shape).compact()
     assert pairs is not None
-    return _Attention(query_key, pairs, read_value_output(layer, family, shape), module.scaling)
+    norms = (module.q_norm.weight, module.k_norm.weight) if any(family.norms) else None
+    return _Attention(query_key, pairs, read_value_output(layer, family, shape), module.scaling, _weights(norms))
 
 
 def _compact_attention(module: CompactAttention) -> _Attention:
@@ -209,7 +265,21 @@ def _compact_attention(module: CompactAttention) -> _Attention:
         output=output.view(groups, -1, v, output.shape[1]),
         output_bias=output_bias,
     )
-    return _Attention(query_key, module.rotary_pairs.cpu(), value_output, module.scaling)
+    norms = [norm for norm in (module.q_norm, module.k_norm) if norm is not None]
+    if any(norm.energy.shape[-1] < norm.full or (norm.energy != 1).any() for norm in norms):
+        raise InvalidRequest(
+            "MODEL cannot be a plain Qwen3: its heads keep some of the channels that their query and key norms are of; "
+            "compress with --profile gguf or stock, which leave these whole"
+        )
+    weights = _weights(tuple(norm.weight[0] for norm in norms) or None)  # all heads' norms are one
+    return _Attention(query_key, module.rotary_pairs.cpu(), value_output, module.scaling, weights)
+
+
+def _weights(norms: tuple[torch.Tensor, ...] | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if norms is None:
+        return None
+    query, key = (weight.detach().double() for weight in norms)
+    return query, key
 
 
 def _linear(module: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
