@@ -5,9 +5,9 @@ r"""What each choice of the greedy method brings, one at a time and together.
 Every row takes the solvers of the module types that it names from ``greedy`` and the others from ``modegpt``, the
 paper's method, and with ``second fit`` also the maps that are fitted once more where the rank is known; one row has the
 greedy solvers with the ridge of the others, and the last ones lack one detail each (:data:`LACKS`), with the
-sensitivities of the whole method. Texts, windows and model are those of ``quality.py``. The loss is
-ln(perplexity / dense perplexity). Writes ``results/gains.json`` and ``results/gains.md``; started again after an
-interruption, it goes on with the rows that are missing.
+sensitivities of the whole method, but where the detail is of the statistics. Texts, windows and model are those of
+``quality.py``. The loss is ln(perplexity / dense perplexity). Writes ``results/gains.json`` and ``results/gains.md``;
+started again after an interruption, it goes on with the rows that are missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -26,9 +26,11 @@ from transformers import PreTrainedModel
 from benchmark_texts import command_of, parser_of_texts, perplexities, prepared
 from modegpt.budget import Module
 from modegpt.config import CompressionConfig
-from modegpt.decompositions import kept_coefficients, selection_ladder
+from modegpt.decompositions import alternating_fit, kept_coefficients, output_fit, selection_ladder, value_errors
 from modegpt.engine import Engine
 from modegpt.layered import resident
+from modegpt.logits import Attended
+from modegpt.logits import _drawn as drawn
 from modegpt.methods import Greedy, ModeGPT
 from modegpt.methods.base import Solver
 from modegpt.results import ModuleProfile, Profile
@@ -50,6 +52,23 @@ def equal_energies(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.ones(inputs[0].shape[1], dtype=torch.float64, device=inputs[0].device)
 
 
+def head_by_head(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """``fit`` with what the heads put out taken to be uncorrelated, so that each has an output map of its own."""
+
+    def alone(matrix: torch.Tensor, output: torch.Tensor, basis: torch.Tensor) -> Any:
+        h = output.shape[-2]
+        blocks = matrix.view(-1, h, len(matrix) // h, h).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return fit(torch.block_diag(*blocks), output, basis)
+
+    return alone
+
+
+def evenly(attention: Attended) -> Attended:
+    """The keys that a query can attend to, whether it does or not."""
+    allowed = (attention.weights > 0).to(attention.weights)
+    return drawn(replace(attention, weights=allowed / allowed.sum(-1, keepdim=True)))
+
+
 class Taken(ModuleProfile):
     """One that is taken at its word however little its module loses at the probed rank."""
 
@@ -66,13 +85,19 @@ def taken(profile: Profile) -> Profile:
 PLAINER: dict[str, dict[str, Any]] = {
     "pairs not turned": {"logit_ladder": selection_ladder, "kept_coefficients": pairs_as_they_are},
     "the same ridge for all channels": {"weight_energies": equal_energies},
+    "outputs fitted head by head": {
+        fit.__name__: head_by_head(fit) for fit in (value_errors, output_fit, alternating_fit)
+    },
 }
+#: And of the statistics, by its name in modegpt.logits.
+BLINDER: dict[str, dict[str, Any]] = {"every key counts the same": {"_drawn": evenly}}
+SEQUENTIAL = "sequential statistics"
 #: And of the profile.
 SIMPLER: dict[str, Callable[[Profile], Profile]] = {
     "losses that add up": lambda profile: replace(profile, together={}),
     "faint losses at their word": taken,
 }
-LACKS = (*PLAINER, *SIMPLER)
+LACKS = (*PLAINER, *SIMPLER, SEQUENTIAL, *BLINDER)
 #: What is ours and with which ridge, the allocation and its temperature.
 STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     ((), PAPERS, "uniform", "auto"),
@@ -134,9 +159,10 @@ def main() -> None:
     profiled: tuple[Any, ...] = ()
     for ours, ridge, allocation, temperature in STEPS:
         method = "greedy" if ours else "modegpt"  # whose sensitivities are measured
-        if profiled != (method, ridge, allocation):  # ratios and steps that can share a profile do
+        blind = next((names for detail, names in BLINDER.items() if detail in ours), {})
+        if profiled != (method, ridge, allocation, blind):  # ratios and steps that can share a profile do
             engine = Engine(resident(given.model), given.train, batch_size=1, probe=given.probe)
-            profiled = (method, ridge, allocation)
+            profiled = (method, ridge, allocation, blind)
         step: dict[str, Any] = {
             "ours": list(ours),
             "ridge": ridge,
@@ -155,7 +181,8 @@ def main() -> None:
                 temperature=temperature,
                 ridge=ridge,
             )
-            compressed = compress(engine, config, ours)
+            with patched("modegpt.logits", blind):
+                compressed = compress(engine, config, ours)
             row["perplexity"] = perplexities(compressed, given.texts)
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -171,8 +198,13 @@ def compress(engine: Engine, config: CompressionConfig, ours: Collection[str]) -
             profile = simpler(profile) if detail in ours and profile is not None else profile
         choice = engine.choose_ranks(config, profile=profile)
         assert config.ridge is not None
-        with patch.multiple("modegpt.methods.greedy", **replaced) if replaced else nullcontext():
-            return engine.compress(Mixed(ours, config.ridge), choice, sequential=False).model
+        with patched("modegpt.methods.greedy", replaced):
+            return engine.compress(Mixed(ours, config.ridge), choice, sequential=SEQUENTIAL in ours).model
+
+
+def patched(module: str, names: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """The ``names`` of a ``module`` replaced; patch.multiple takes no fewer than one."""
+    return patch.multiple(module, **names) if names else nullcontext()
 
 
 def place(row: Mapping[str, Any]) -> int:

@@ -251,8 +251,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="'gguf', a file for llama.cpp; 'stock', a plain Llama or Qwen3 that needs no code of modegpt's; 'onnx', a "
-            "graph for ONNX Runtime.",
+            help="'gguf', a file for llama.cpp; 'stock', a plain Llama or Qwen3 that needs no code of modegpt's; "
+            "'onnx', a graph for ONNX Runtime.",
         ),
     ],
     type: Annotated[
