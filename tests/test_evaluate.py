@@ -10,7 +10,7 @@ import random
 import re
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -312,6 +312,37 @@ def test_limit_and_examples(models: tuple[Path, Path], questions: tuple[Path, An
         assert len(asked) == 3
         assert set(asked[:2]) <= goals
     assert set(score.files) == {"piqa_val.jsonl", "piqa_train.jsonl"}
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<it>{% endif %}"
+
+
+def test_prompts_in_the_chat_template(
+    models: tuple[Path, Path], questions: tuple[Path, dict[str, list[Question]]]
+) -> None:
+    """A question is a user's turn, and its answers are the model's."""
+    tokenizer, _, load = open_model(str(models[0]))
+    tokenizer.chat_template = CHAT
+    loaded = Tasks(["piqa"], questions[0], chat_template=True).read()
+    model, seen = load(), set()
+    forward = model.forward
+    model.forward = lambda ids, **rest: seen.update(tokenizer.batch_decode(ids)) or forward(ids, **rest)
+    found = loaded.scores(model, tokenizer)["piqa"].metrics
+    pairs = [[(f"<user>{prompt}<it>", answer.lstrip()) for prompt, answer in one.pairs] for one in questions[1]["piqa"]]
+    inputs = [tokenizer(prompt + answer).input_ids[:-1] for both in pairs for prompt, answer in both]
+    assert seen == set(tokenizer.batch_decode(inputs))
+    asked = [replace(one, pairs=both) for one, both in zip(questions[1]["piqa"], pairs, strict=True)]
+    expected = accuracies(load(), tokenizer, asked)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_chat_template_that_is_not_there_is_refused(models: tuple[Path, Path], questions: tuple[Path, Any]) -> None:
+    tasks = ("--tasks", "piqa", "--task-data", questions[0], "--apply-chat-template")
+    outcome = run_cli("evaluate", *models, *tasks)
+    assert (outcome.code, "--apply-chat-template: " in outcome.err) == (2, True)
+    assert "has no chat template; leave it out" in outcome.err
+    outcome = run_cli("evaluate", *models, "--apply-chat-template")
+    assert (outcome.code, "--apply-chat-template True: goes with --tasks" in outcome.err) == (2, True)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 15, 16])

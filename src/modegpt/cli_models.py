@@ -60,6 +60,9 @@ def evaluate(
     num_fewshot: Annotated[
         int | None, typer.Option(help="Answered examples before each question; by default what the task says.")
     ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the tokenizer's chat template, as a user's turn.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, run at once.")] = 1,
     output: Numbers = None,
     dtype: Dtype = "auto",
@@ -81,13 +84,14 @@ def evaluate(
     from .tasks import Tasks
 
     _goes_with("--perplexity", tasks is None or perplexity is not None, {"samples": samples, "stride": stride})
-    _goes_with("--tasks", tasks is not None, {"task-data": task_data, "limit": limit, "num-fewshot": num_fewshot})
+    options = {"task-data": task_data, "limit": limit, "num-fewshot": num_fewshot}
+    _goes_with("--tasks", tasks is not None, options | {"apply-chat-template": apply_chat_template or None})
     texts = asked = None
     if tasks is None or perplexity is not None:
         windows = {"samples": samples, "sequence_length": sequence_length, "stride": stride}
         texts = Texts.parse("wikitext2" if perplexity is None else perplexity, **windows)
     if tasks is not None:
-        asked = Tasks(split_names(tasks, "--tasks"), task_data, limit, num_fewshot)
+        asked = Tasks(split_names(tasks, "--tasks"), task_data, limit, num_fewshot, apply_chat_template)
     file = _results_file(output, arguments)
     scores = compare(
         models,

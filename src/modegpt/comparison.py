@@ -141,6 +141,8 @@ def compare(
                     model.windows[name] = texts.windows(text, name, model.tokenizer)
     loaded = None
     if tasks is not None:
+        for model in models:
+            tasks.check(model.tokenizer, model.address)
         with progress.phase("tasks"):
             loaded = tasks.read(progress)
     scores: list[ModelScores] = []

@@ -83,7 +83,8 @@ class Tasks:
     """Which tasks and groups of tasks of the harness to put to models.
 
     Their data is the hub's, or that of the local files in ``data``. ``limit`` is how many first rows each task
-    asks (None: all), ``num_fewshot`` that of answered examples before each question (None: the task's own).
+    asks (None: all), ``num_fewshot`` that of answered examples before each question (None: the task's own). Prompts are
+    a user's turn in the tokenizer's chat template if ``chat_template``.
     Raises :class:`InvalidRequest` for what cannot be.
     """
 
@@ -91,6 +92,7 @@ class Tasks:
     data: Path | None = None
     limit: int | None = None
     num_fewshot: int | None = None
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         for option, value, least in (("--limit", self.limit, 1), ("--num-fewshot", self.num_fewshot, 0)):
@@ -100,6 +102,11 @@ class Tasks:
             raise InvalidRequest(f"--task-data {str(self.data)!r}: no such directory")
         if find_spec("lm_eval") is None:
             raise InvalidRequest("--tasks needs lm-evaluation-harness; install it: pip install lm-eval")
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+        """Refuse a ``model`` whose prompts cannot be what they are to be."""
+        if self.chat_template and tokenizer.chat_template is None:
+            raise InvalidRequest(f"--apply-chat-template: {model!r} has no chat template; leave it out")
 
     def read(self, progress: Progress | None = None) -> LoadedTasks:
         """The tasks with their data; raises :class:`InvalidRequest` for unknown ones, and where there is no data."""
@@ -146,6 +153,7 @@ class LoadedTasks:
                     tasks=list(self.loaded.values()),
                     limit=self.wanted.limit,
                     num_fewshot=self.wanted.num_fewshot,
+                    apply_chat_template=self.wanted.chat_template,
                     bootstrap_iters=BOOTSTRAP,
                     log_samples=False,
                     task_manager=_manager(),
