@@ -96,6 +96,7 @@ def test_targets(profile: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = CompressionReport.read(tmp_path / "c")
     predicted = sum(sum((layer.divergence or {}).values()) for layer in report.layers)
     assert 1.07 < 2.718281828**predicted <= 1.08
+    assert report.predicted_loss == pytest.approx(predicted)
     assert 0.1 < report.requested_ratio < 0.35
 
 
@@ -319,6 +320,8 @@ def test_the_curve_begins_with_the_dense_model_and_rises(profile: Path, tiny_che
     assert point.parameters == report.parameters.compressed
     predicted = sum(sum((layer.divergence or {}).values()) for layer in report.layers)
     assert point.perplexity == pytest.approx(heights[0] * 2.718281828459045**predicted)
+    assert report.predicted_loss == pytest.approx(predicted)
+    assert f"{point.perplexity / heights[0]:.3f} times" in run_cli("inspect", tmp_path / "out").out
     outcome = run_cli("curve", profile, "--plot", tmp_path / "curve.svg")
     assert outcome.code == 0
     assert len(re.findall("knee", outcome.out)) == 1

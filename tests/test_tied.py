@@ -85,6 +85,7 @@ def chosen(profile: str, ratio: float, numbers: list[int] | None = None) -> tupl
     with engine.active(), patch.object(tied, "_numbers", lambda *given: numbers or usual(*given)):
         choice = engine.choose_ranks(config)
         assert choice.divergence is not None
+        assert choice.loss == pytest.approx(total_loss(choice.divergence, engine.profile(config).interplay()))
         return choice, total_loss(choice.divergence, engine.profile(config).interplay())
 
 

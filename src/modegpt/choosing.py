@@ -17,7 +17,7 @@ from .budget import (
     whole,
 )
 from .config import CompressionConfig
-from .least_loss import largest_ratio, ranks_from_losses
+from .least_loss import largest_ratio, ranks_from_losses, total_loss
 from .methods import METHODS, OwnAllocation
 from .results import Choice, Profile
 from .scores import outlier_shares
@@ -76,7 +76,8 @@ def _by_sensitivity(geometry: Sequence[LayerGeometry], config: CompressionConfig
         for layer, rank in zip(layers, ranks, strict=True)
     ]
     choice = _everywhere(geometry, config, ranks, removed)
-    return replace(choice, divergence=profile.divergence(choice.ranks), ratio=ratio)
+    divergence = profile.divergence(choice.ranks)
+    return replace(choice, divergence=divergence, loss=total_loss(divergence, interplay), ratio=ratio)
 
 
 def _by_outliers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -201,6 +202,8 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
     )
     if report.alignment is not None:
         table.add_row("Ranks are multiples of (measured)", "", str(report.alignment.chosen), "")
+    if report.predicted_loss is not None:
+        table.add_row("Perplexity, predicted", "", f"{math.exp(min(report.predicted_loss, 700.0)):.3f} times", "")
     for text, pair in report.measured().items():
         table.add_row(escape(f"Perplexity ({text})"), f"{pair.dense:.3f}", f"{pair.compressed:.3f}", "")
     if run is not None:

@@ -160,6 +160,8 @@ class CompressionReport(_Facts):
     perplexity: Pair | None
     perplexities: dict[str, Pair] | None = None
     """The perplexity on each source of the evaluation text, where there are several."""
+    predicted_loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """ln(perplexity / dense perplexity) as the allocation predicted it, where it did."""
     requested_ratio: float
     block_parameters: Pair
     parameters: Pair
@@ -259,6 +261,7 @@ def build_report(
         evaluation=evaluation,
         perplexity=_perplexity(evaluation, perplexities or {}),
         perplexities=dict(perplexities) if perplexities and len(perplexities) > 1 else None,
+        predicted_loss=result.choice.loss,
         requested_ratio=config.ratio or result.choice.ratio or 0.0,
         block_parameters=Pair(dense=blocks[0], compressed=blocks[1]),
         parameters=Pair(dense=everything[0], compressed=everything[1]),

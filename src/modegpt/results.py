@@ -72,6 +72,8 @@ class Choice:
     temperature: float | None = None
     divergence: list[dict[Module, float]] | None = None
     """What every module is predicted to cost in nats per token, where the allocation knew."""
+    loss: float | None = None
+    """And all of them together: the predicted ln(perplexity / dense perplexity)."""
     ratio: float | None = None
     """The share of the decoder blocks' parameters that was to be removed, where it was not given but chosen."""
     pairs: list[int] | None = None

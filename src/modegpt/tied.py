@@ -80,7 +80,7 @@ def tied_choice(
             best = total, pairs, ranks
     if best is None:
         raise InvalidRequest(f"--ratio {config.ratio}: out of reach with --profile {config.profile}; use a smaller one")
-    _, pairs, ranks = best
+    loss, pairs, ranks = best
     kept = None if heads is None else heads.ladder.kept(pairs)[0].tolist()
     removed: list[dict[Module, float]] = [
         {name: 1 - rank[name] / shape.full for name, shape in layer.modules.items()}
@@ -90,6 +90,7 @@ def tied_choice(
         ranks,
         removed,
         divergence=_divergence(engine, profile, heads, ranks, kept) if heads and kept else profile.divergence(ranks),
+        loss=loss,
         ratio=config.ratio,
         pairs=kept,
     )
