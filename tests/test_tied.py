@@ -55,15 +55,20 @@ def test_nothing_is_padded(profile: str, ratio: float) -> None:
             torch.testing.assert_close(stock(ids).logits, model(ids).logits, rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.parametrize("tied_head", [True, False])
 @pytest.mark.parametrize("profile", ["gguf", "stock"])
-def test_heads_with_norms_stay_whole(profile: str) -> None:
-    dense = BY_NAME["qwen3"].build(**SIZES)
+def test_heads_with_norms_stay_whole(profile: str, tied_head: bool) -> None:
+    dense = BY_NAME["qwen3"].build(**SIZES, tie_word_embeddings=tied_head)
     model = modegpt.compress(dense, calibration=token_windows(16, 32), ratio=0.3, profile=profile)
     blocks = model.compression_report.block_parameters
-    assert abs(blocks.removed - 0.3) * blocks.dense <= (16 if profile == "gguf" else 3 / 2) * 3 * 32
+    alike = profile == "stock" or not tied_head
+    step = (3 if alike else 1) * (32 if profile == "gguf" else 1)  # channels: of all MLPs, or of one
+    assert abs(blocks.removed - 0.3) * blocks.dense <= step / 2 * 3 * 32
     assert {layer.self_attn.qk_head_dim for layer in model.model.layers} == {32}
     exported = PlainDecoder(model)
     assert exported.shape.head == 32
+    assert all(width % (32 if profile == "gguf" else 1) == 0 for width in exported.shape.widths)
+    assert (len(set(exported.shape.widths)) == 1) == alike
     if profile == "stock":
         own, other = (sum(p.numel() for p in one.parameters()) for one in (model, stock_model(exported)))
         assert other < own, "one norm for all heads in place of their own"

@@ -26,10 +26,10 @@ def _pairs(layer: LayerGeometry) -> int:
     return layer.dense.qk_head_dim // 2
 
 
-def _step(layers: Sequence[LayerGeometry], config: CompressionConfig) -> int:
+def _step(layers: Sequence[LayerGeometry], config: CompressionConfig, model: PreTrainedModel) -> int:
     """Ranks are whole numbers, and a budget is met within half of these parameters: a step of the finest module."""
     if config.profile != "full":
-        return tied_step(layers, config)
+        return tied_step(layers, config, model.config)
     chosen = [layers[index].modules[name] for index in config.chosen_layers(len(layers)) for name in config.modules]
     return min(filter(None, (module.largest_step(config.alignment) for module in chosen)), default=0)
 
@@ -57,7 +57,7 @@ def with_ratio(config: _Config, model: PreTrainedModel, item: int) -> _Config:
         pairs = sum(groups * _pairs(layer) for layer in layers)
         option, wanted, dense, unit = "--target-size", config.target_size, everything * item, "bytes"
         allowed = (wanted - _INDEX_BYTES * pairs) // item
-    ratio = (everything - allowed + _step(layers, config) / 2) / blocks
+    ratio = (everything - allowed + _step(layers, config, model) / 2) / blocks
     if not 0 < ratio < 1:
         problem = "the model has that already" if ratio <= 0 else "embeddings, head and norms alone take more"
         raise InvalidRequest(

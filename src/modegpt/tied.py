@@ -1,7 +1,8 @@
 """Ranks for engines whose layers are all alike: one size of head everywhere, and one list of rotary pairs.
 
-``gguf``: MLPs of any multiple of 32 channels; ``stock``: of one width. For every number of pairs r that heads could
-keep, with values as wide, the rest of the budget is spent on the MLPs; of these the r of least predicted loss is taken.
+``gguf``: MLPs of any multiple of 32 channels, where llama.cpp has layers of several widths; ``stock``: of one width. For
+every number of pairs r that heads could keep, with values as wide, the rest of the budget is spent on the MLPs; of these
+the r of least predicted loss is taken.
 Which r pairs is one choice for all heads of all layers, made by Type II's elimination on the sum of what it minimises,
 
     sum over layers of w_l J_l(c'),  w_l = D_l(p) / J_l(p),
@@ -24,7 +25,7 @@ from .budget import LayerGeometry, LayerRanks, Module, ranks_of
 from .config import CompressionConfig
 from .decompositions import LogitLadder, kept_coefficients, logit_ladder
 from .errors import InvalidRequest
-from .exports.plain import check_plain, has_norms
+from .exports.plain import alike_in_gguf, check_plain, has_norms
 from .layout import rotary_pairs
 from .least_loss import Losses, losses_at, ranks_from_losses, total_loss
 from .methods.greedy import LOGIT_RIDGE
@@ -65,12 +66,13 @@ def tied_choice(
 ) -> Choice:
     """The ranks of least predicted loss that ``config.profile`` allows; raises :class:`InvalidRequest` for no such."""
     losses, interplay = profile.losses(), profile.interplay()
-    heads = None if has_norms(engine.dense.model.config) else _heads(engine, profile)
+    model = engine.dense.model.config
+    heads = None if has_norms(model) else _heads(engine, profile)
     whole = geometry[0].modules["qk"].full
     by_pairs = {whole: 0.0} if heads is None else dict(enumerate(heads.losses()))
     best: tuple[float, int, list[LayerRanks]] | None = None
     for pairs in [whole] if heads is None else _numbers(whole, config.alignment):
-        ranks = _ranks(geometry, losses, config, pairs)
+        ranks = _ranks(geometry, losses, config, pairs, _alike(config, model))
         if ranks is None:
             continue
         lost = losses_at([{name: one[name] for name in one if name != "qk"} for one in losses], ranks)
@@ -96,16 +98,19 @@ def tied_choice(
     )
 
 
-def tied_step(geometry: Sequence[LayerGeometry], config: CompressionConfig) -> int:
-    """The parameters between two sizes: of a step of one MLP (``gguf``), or of all MLPs at once (``stock``)."""
-    mlps = [layer.modules["mlp"] for layer in geometry]
-    if config.profile == "stock":
-        return sum(shape.largest_step(config.alignment) for shape in mlps)
-    return max(shape.largest_step(_mlp_step(config)) for shape in mlps)
+def tied_step(geometry: Sequence[LayerGeometry], config: CompressionConfig, model: PreTrainedConfig) -> int:
+    """The parameters between two sizes of ``model``: of a step of one MLP, or of all where these are of one width."""
+    steps = [layer.modules["mlp"].largest_step(_mlp_step(config)) for layer in geometry]
+    return sum(steps) if _alike(config, model) else max(steps)
+
+
+def _alike(config: CompressionConfig, model: PreTrainedConfig) -> bool:
+    """Whether all MLPs have to be of one width."""
+    return config.profile == "stock" or alike_in_gguf(has_norms(model), model.tie_word_embeddings)
 
 
 def _mlp_step(config: CompressionConfig) -> int:
-    return math.lcm(config.alignment, _MLP_MULTIPLE)
+    return config.alignment if config.profile == "stock" else math.lcm(config.alignment, _MLP_MULTIPLE)
 
 
 def _numbers(full: int, align: int) -> list[int]:
@@ -115,7 +120,7 @@ def _numbers(full: int, align: int) -> list[int]:
 
 
 def _ranks(
-    geometry: Sequence[LayerGeometry], losses: Losses, config: CompressionConfig, pairs: int
+    geometry: Sequence[LayerGeometry], losses: Losses, config: CompressionConfig, pairs: int, alike: bool
 ) -> list[LayerRanks] | None:
     """Those that meet the ratio with so many ``pairs`` and values as wide; None where MLPs cannot."""
     assert config.ratio is not None
@@ -130,8 +135,8 @@ def _ranks(
     if wanted < 0:
         return None
     try:
-        if config.profile == "stock":
-            mlps = _equal(geometry, wanted, config.alignment)
+        if alike:
+            mlps = _equal(geometry, wanted, _mlp_step(config))
         else:
             only: Losses = [{"mlp": one["mlp"]} for one in losses]
             left = replace(base, extra=base.extra - gone)

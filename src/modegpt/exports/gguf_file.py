@@ -25,7 +25,7 @@ from ..errors import InvalidRequest
 from ..files import replace_file
 from .gguf_tokenizer import TokenizerFields
 from .k_quants import K_QUANTS, quantize
-from .plain import PlainDecoder, PlainShape
+from .plain import PlainDecoder, PlainShape, alike_in_gguf
 
 #: What matrices can be stored as, and how a file of these is labelled.
 TYPES = {
@@ -96,7 +96,7 @@ class _Sizes:
         sizes = cls("", widths, list(shape.heads), list(shape.groups))
         if shape.normed and not shape.usual:
             raise InvalidRequest("--format gguf: llama.cpp has no rotary factors for models with query and key norms")
-        if shape.normed and not (sizes.same or shape.tied):
+        if alike_in_gguf(shape.normed, shape.tied):
             sizes = cls("", *([max(one)] * len(one) for one in (widths, shape.heads, shape.groups)))
         names = ("qwen3", "openelm") if shape.normed else ("llama", "deci")
         return replace(sizes, architecture=names[0 if sizes.same else 1])

@@ -223,6 +223,14 @@ def has_norms(config: PreTrainedConfig) -> bool:
     return any(FAMILIES[config.model_type.removeprefix(COMPRESSED)].description.norms)
 
 
+def alike_in_gguf(normed: bool, tied: bool) -> bool:
+    """Whether no architecture of llama.cpp has layers of several widths for such a decoder.
+
+    With query and key norms only one has, and its embeddings are its head.
+    """
+    return normed and not tied
+
+
 def check_plain(config: PreTrainedConfig) -> None:
     """Refuse the models of a ``config`` that zeros do not turn into a Llama."""
     kind, problem = config.model_type.removeprefix(COMPRESSED), None
