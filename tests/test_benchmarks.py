@@ -9,9 +9,11 @@ import math
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from modegpt.evaluation import perplexity
 from modegpt.exports.gguf_tokenizer import tokenizer_fields
 from modegpt.exports.plain import PlainDecoder
 from modegpt.mixture import Cut, Mixture, read_mixture
-from modegpt.report import TextFacts
+from modegpt.report import TextFacts, build_report
 from modegpt.results import ModuleProfile, Profile
 from modegpt.sources import ModelSource
 
@@ -83,20 +85,33 @@ NEW = OLD | {
 }
 
 
-def test_rows_without_some_of_the_texts_or_without_their_model_are_measured_again(
-    quality: ModuleType, tmp_path: Path
-) -> None:
+def test_rows_without_some_of_the_texts_or_without_their_model_are_measured_again(quality: ModuleType) -> None:
     wanted = [quality.setting_of(("greedy", "dense", "uniform", "auto"), ratio) for ratio in (0.1, 0.3)]
 
-    def asked(*texts: str, checkpoints: Path | None = None) -> list[float]:
-        return [row["ratio"] for row in quality.missing_settings([OLD, NEW], wanted, texts, checkpoints)]
+    def asked(*texts: str, there: Any = lambda setting: True) -> list[float]:
+        return [row["ratio"] for row in quality.missing_settings([OLD, NEW], wanted, texts, there)]
 
     assert asked() == []
     assert asked("ptb") == [0.1]
     assert asked("ptb", "alpaca") == [0.1, 0.3]
-    (tmp_path / "greedy-30").mkdir()
-    assert asked(checkpoints=tmp_path) == [0.1]
-    assert list(quality.missing_settings([], wanted, [], None)) == wanted
+    assert asked(there=lambda setting: setting["ratio"] == 0.3) == [0.1]
+    assert list(quality.missing_settings([], wanted, [], lambda setting: True)) == wanted
+
+
+def test_a_model_is_there_if_it_was_made_so(quality: ModuleType, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    setting, windows = quality.setting_of(("modegpt", "dense", "uniform", "auto"), 0.3), token_windows(8, 32)
+    facts = TextFacts.of("text", windows)
+    there = partial(quality.is_there, tmp_path, facts)
+    assert not there(setting)
+    config = CompressionConfig.validated(**setting)
+    result = compress_model(model, windows, config)
+    report = build_report(model, result, config, facts, command="")
+    modegpt.save(result.model, tmp_path / quality.checkpoint_name(setting), report=report)
+    assert there(setting)
+    assert not there(setting | {"ratio": 0.2})
+    assert not there(setting | {"allocation": "block-influence"}), "whose model would have the same name"
+    assert not quality.is_there(tmp_path, TextFacts.of("text", token_windows(8, 16)), setting)
+    assert quality.is_there(None, facts, setting | {"ratio": 0.2})
 
 
 def test_rows_are_chosen_by_the_beginning_of_their_names(quality: ModuleType) -> None:
@@ -128,13 +143,11 @@ def head(quality: ModuleType, texts: ModuleType, tmp_path: Path) -> Any:
     return quality.header(arguments, TextFacts.of("train.txt", windows), {"test": windows, "ptb": windows})
 
 
-def test_a_file_of_its_own_says_which_rows_it_was_asked_for(quality: ModuleType, tmp_path: Path) -> None:
-    asked = SimpleNamespace(rows=["greedy"], ratios=[0.3], output=tmp_path / "own.json")
-    assert quality.rows_asked(asked) == " --rows greedy --ratios 0.3 --output own.json"
-    everything = SimpleNamespace(rows=[""], ratios=quality.RATIOS, output=tmp_path / "own.json")
-    assert quality.rows_asked(everything) == " --output own.json"
-    asked.output = quality.RESULTS / "quality.json"
-    assert quality.rows_asked(asked) == "", "several runs fill it"
+def test_a_file_of_its_own_says_which_rows_it_has(quality: ModuleType, tmp_path: Path) -> None:
+    found = quality.rows_of([OLD, NEW], tmp_path / "own.json")
+    assert found == " --rows greedy/dense/uniform/auto --ratios 0.1 0.3 --output own.json"
+    main = quality.RESULTS / ".." / "results" / "quality.json"
+    assert quality.rows_of([OLD, NEW], main) == "", "several runs fill it"
 
 
 @pytest.mark.parametrize("changed", ["model_sha256", "calibration", "test", "ptb"])
@@ -163,7 +176,7 @@ def test_files_are_named_and_not_located(head: Any) -> None:
 
 def test_the_tables_have_old_and_new_rows(quality: ModuleType, head: Any, tmp_path: Path) -> None:
     results = head | {"dense_perplexity": 19.0, "rows": [OLD, NEW]}
-    quality.write(results, tmp_path / "quality.json", [0.1, 0.3])
+    quality.write(results, tmp_path / "quality.json")
     parts = (tmp_path / "quality.md").read_text().split("\n\n")
     tables = [part.strip().splitlines()[-1] for part in parts if part.startswith("|")]
     assert tables == [
@@ -176,14 +189,14 @@ def test_the_tables_have_old_and_new_rows(quality: ModuleType, head: Any, tmp_pa
     assert "Perplexity on ptb; dense 50.00." in parts
     papers = OLD | {"method": "modegpt", "perplexity": 25.0}
     others = NEW | {"method": "modegpt", "perplexity": 35.0, "texts": {"ptb": {"compressed": 90.0, "dense": 50.0}}}
-    quality.write(results | {"rows": [OLD, NEW, papers]}, tmp_path / "more.json", [0.1, 0.3])
+    quality.write(results | {"rows": [OLD, NEW, papers]}, tmp_path / "more.json")
     relative = (tmp_path / "more.md").read_text().split("\n\n")[3].splitlines()
     share = math.log(OLD["perplexity"] / 19) / math.log(25 / 19)
     assert relative[-2:] == [
         f"| greedy | dense | uniform |  | {share:.2f} |  |",
         "| modegpt | dense | uniform |  | 1.00 |  |",
     ]
-    quality.write(results | {"rows": [NEW, others]}, tmp_path / "more.json", [0.3])
+    quality.write(results | {"rows": [NEW, others]}, tmp_path / "more.json")
     relative = (tmp_path / "more.md").read_text().split("\n\n")[7].splitlines()
     assert relative[-2].endswith(f" {math.log(80 / 50) / math.log(90 / 50):.2f} |")
     assert json.loads((tmp_path / "quality.json").read_text())["rows"] == [OLD, NEW]
@@ -218,11 +231,14 @@ def test_rows_that_cannot_be_measured_are_refused(
     assert message in f"{refusal.value}{capsys.readouterr().err}"
 
 
-def test_the_published_rows_make_the_published_table(quality: ModuleType, tmp_path: Path) -> None:
-    published = json.loads((BENCHMARKS / "results/quality.json").read_text())
-    quality.write(published, tmp_path / "quality.json", quality.RATIOS)
-    made, known = ((path / "quality.md").read_text() for path in (tmp_path, BENCHMARKS / "results"))
-    assert made == known
+@pytest.mark.parametrize("name", ["quality", "mixture"])
+def test_the_published_rows_make_the_published_table(quality: ModuleType, tmp_path: Path, name: str) -> None:
+    published = json.loads((BENCHMARKS / f"results/{name}.json").read_text())
+    with patch.object(quality, "RESULTS", tmp_path):
+        quality.write(published, tmp_path / f"{name}.json")
+    for suffix in (".json", ".md"):
+        made, known = ((path / f"{name}{suffix}").read_text() for path in (tmp_path, BENCHMARKS / "results"))
+        assert made == known
 
 
 # Quality: texts

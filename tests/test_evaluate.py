@@ -342,7 +342,7 @@ def test_a_chat_template_that_is_not_there_is_refused(models: tuple[Path, Path],
     assert (outcome.code, "--apply-chat-template: " in outcome.err) == (2, True)
     assert "has no chat template; leave it out" in outcome.err
     outcome = run_cli("evaluate", *models, "--apply-chat-template")
-    assert (outcome.code, "--apply-chat-template True: goes with --tasks" in outcome.err) == (2, True)
+    assert (outcome.code, "--apply-chat-template: goes with --tasks" in outcome.err) == (2, True)
 
 
 @pytest.mark.parametrize("stride", [1, 5, 15, 16])

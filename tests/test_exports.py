@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -25,8 +26,8 @@ from transformers import (
 )
 
 import modegpt
-from family_table import BY_NAME
-from helpers import narrow_llama, rewrite, run_cli, tiny_llama, token_windows
+from family_table import BY_NAME, YARN, rope
+from helpers import narrow_llama, rewrite, run_cli, tiny_llama, tiny_tokenizer, token_windows
 from modegpt.errors import InvalidRequest
 from modegpt.exports.gguf_file import TYPES, write_gguf
 from modegpt.exports.gguf_tokenizer import tokenizer_fields
@@ -101,7 +102,21 @@ def test_a_granite_stays_tied_and_has_no_multipliers() -> None:
     plain = PlainDecoder(model)
     stock = stock_model(plain)
     assert stock.lm_head.weight.data_ptr() == stock.model.embed_tokens.weight.data_ptr()
-    assert plain.shape.epsilon == model.config.rms_norm_eps / model.config.embedding_multiplier**2
+    ids = token_windows(2, 24).ids
+    torch.testing.assert_close(logits(stock, ids), logits(model, ids), rtol=1e-4, atol=5e-5)
+
+
+def test_multipliers_change_weights_by_powers_of_two_or_less_than_that() -> None:
+    """Granite's own multipliers, of which formats of few bits should see nothing."""
+    own = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}
+    for tied in (True, False):
+        model = BY_NAME["granite"].build(tie_word_embeddings=tied, **own)
+        plain = PlainDecoder(model)
+        assert plain.rest()["model.embed_tokens.weight"].equal(64 * model.model.embed_tokens.weight.detach())
+        down = model.model.layers[0].mlp.down_proj.weight.detach().double()
+        torch.testing.assert_close(plain.layer(0)["mlp.down_proj.weight"], 64 * 0.22 / 12 * down)
+        ids = token_windows(2, 24).ids
+        torch.testing.assert_close(logits(stock_model(plain), ids), logits(model, ids), rtol=1e-4, atol=5e-5)
 
 
 def test_heads_that_lack_channels_of_their_norms_are_refused() -> None:
@@ -132,6 +147,27 @@ def test_types_are_spelt_as_llama_cpp_spells_them_too(small: Path, tmp_path: Pat
     outcome = run_cli("export", small, "-o", tmp_path / "x.gguf", "--format", "gguf", "--type", "Q8_0")
     assert outcome.code == 0, outcome.err
     assert "Q8_0" in {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (rope("yarn", **YARN), "llama.cpp has no 'yarn' rotary factors"),
+        ({"attention_bias": True}, "llama.cpp has no biases"),
+    ],
+)
+def test_what_llama_cpp_has_no_place_for_is_refused_before_it_is_loaded(
+    settings: dict[str, Any], words: str, tmp_path: Path, text_file: Path
+) -> None:
+    tokenizer = tiny_tokenizer(text_file.read_text())
+    model = BY_NAME["qwen3"].build(vocab_size=len(tokenizer), **settings)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    ids = token_windows(2, 24).ids
+    torch.testing.assert_close(logits(stock_model(PlainDecoder(model)), ids), logits(model, ids), rtol=1e-4, atol=5e-5)
+    with patch.object(ModelSource, "model", side_effect=AssertionError("it was loaded")):
+        outcome = run_cli("export", tmp_path / "model", "-o", tmp_path / "x.gguf", "--format", "gguf")
+    assert (outcome.code, words in outcome.err) == (2, True), outcome.err
 
 
 def test_another_activation_and_adapters_are_refused() -> None:

@@ -71,7 +71,18 @@ def test_heads_with_norms_stay_whole(profile: str, tied_head: bool) -> None:
     assert (len(set(exported.shape.widths)) == 1) == alike
     if profile == "stock":
         own, other = (sum(p.numel() for p in one.parameters()) for one in (model, stock_model(exported)))
-        assert other < own, "one norm for all heads in place of their own"
+        assert own - other == 3 * 32 * (2 * (4 + 2) - 2), "weights and energies of six heads in place of two weights"
+
+
+@pytest.mark.parametrize("profile", ["gguf", "stock"])
+def test_multipliers_make_no_difference(profile: str) -> None:
+    dense = BY_NAME["granite"].build(**SIZES)
+    model = modegpt.compress(dense, calibration=token_windows(16, 32), ratio=0.3, profile=profile)
+    exported = PlainDecoder(model)
+    assert {layer.self_attn.v_head_dim for layer in model.model.layers} == {exported.shape.head}
+    ids = token_windows(2, 24).ids
+    with torch.no_grad():
+        torch.testing.assert_close(stock_model(exported)(ids).logits, model(ids).logits, rtol=1e-4, atol=5e-5)
 
 
 def test_widths_for_k_quants() -> None:

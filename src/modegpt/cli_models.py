@@ -85,7 +85,7 @@ def evaluate(
 
     _goes_with("--perplexity", tasks is None or perplexity is not None, {"samples": samples, "stride": stride})
     options = {"task-data": task_data, "limit": limit, "num-fewshot": num_fewshot}
-    _goes_with("--tasks", tasks is not None, options | {"apply-chat-template": apply_chat_template or None})
+    _goes_with("--tasks", tasks is not None, options | {"apply-chat-template": "" if apply_chat_template else None})
     texts = asked = None
     if tasks is None or perplexity is not None:
         windows = {"samples": samples, "sequence_length": sequence_length, "stride": stride}
@@ -121,7 +121,7 @@ def _goes_with(needed: str, given: bool, options: dict[str, Any]) -> None:
 
     for name, value in options.items():
         if value is not None and not given:
-            raise InvalidRequest(f"--{name} {value}: goes with {needed}, which is not given")
+            raise InvalidRequest(f"{f'--{name} {value}'.strip()}: goes with {needed}, which is not given")
 
 
 def bench(

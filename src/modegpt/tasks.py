@@ -83,8 +83,8 @@ class Tasks:
     """Which tasks and groups of tasks of the harness to put to models.
 
     Their data is the hub's, or that of the local files in ``data``. ``limit`` is how many first rows each task
-    asks (None: all), ``num_fewshot`` that of answered examples before each question (None: the task's own). Prompts are
-    a user's turn in the tokenizer's chat template if ``chat_template``.
+    asks (None: all), ``num_fewshot`` that of answered examples before each question (None: the task's own). With
+    ``chat_template`` questions are a user's turn in the tokenizer's template, and examples turns before it.
     Raises :class:`InvalidRequest` for what cannot be.
     """
 

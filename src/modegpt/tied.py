@@ -1,9 +1,9 @@
 """Ranks for engines whose layers are all alike: one size of head everywhere, and one list of rotary pairs.
 
-``gguf``: MLPs of any multiple of 32 channels, where llama.cpp has layers of several widths; ``stock``: of one width. For
-every number of pairs r that heads could keep, with values as wide, the rest of the budget is spent on the MLPs; of these
-the r of least predicted loss is taken.
-Which r pairs is one choice for all heads of all layers, made by Type II's elimination on the sum of what it minimises,
+``gguf``: MLPs of any multiple of 32 channels, where llama.cpp has layers of several widths; ``stock``: of one width.
+For every number of pairs r that heads could keep, with values as wide, the rest of the budget is spent on the MLPs; of
+these the r of least predicted loss is taken. Which r pairs is one choice for all heads of all layers, made by Type II's
+elimination on the sum of what it minimises,
 
     sum over layers of w_l J_l(c'),  w_l = D_l(p) / J_l(p),
 

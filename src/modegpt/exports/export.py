@@ -13,11 +13,11 @@ from ..address import open_model
 from ..errors import InvalidRequest
 from ..files import existing_parent, storing
 from ..progress import Progress
-from .gguf_file import TYPES, write_gguf
+from .gguf_file import TYPES, check_gguf, write_gguf
 from .gguf_tokenizer import tokenizer_fields
 from .k_quants import K_QUANTS, check_quantizer
 from .onnx import check_onnx, onnx_dtype, write_onnx
-from .plain import PlainDecoder, PlainShape, check_plain
+from .plain import PlainDecoder, PlainShape, alike_in_gguf, check_plain
 from .stock import stock_model
 
 FORMATS = ("gguf", "stock", "onnx")
@@ -65,6 +65,8 @@ def export(
     tokenizer, config, open_it = open_model(address, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code)
     if target == "onnx":
         check_onnx()
+    elif target == "gguf":
+        check_gguf(config)
     else:
         check_plain(config)
     fields = tokenizer_fields(tokenizer, config.vocab_size, pre_tokenizer) if target == "gguf" else None
@@ -80,7 +82,8 @@ def export(
             return ExportFacts(own, own)
         plain = PlainDecoder(model)
         if fields is not None:
-            return ExportFacts(own, write_gguf(output, plain, kind, fields, Path(address).name), plain.shape)
+            count = write_gguf(output, plain, kind, fields, Path(address).name)
+            return ExportFacts(own, count, plain.shape, alike_in_gguf(plain.shape.normed, plain.shape.tied))
         stock = stock_model(plain)
         with _directory(output) as staging:
             stock.save_pretrained(staging)

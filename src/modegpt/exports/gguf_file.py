@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
+from transformers import PreTrainedConfig
 
 from ..errors import InvalidRequest
 from ..files import replace_file
+from ..modeling import stock_config
 from .gguf_tokenizer import TokenizerFields
 from .k_quants import K_QUANTS, quantize
-from .plain import PlainDecoder, PlainShape, alike_in_gguf
+from .plain import PlainDecoder, PlainShape, alike_in_gguf, check_plain, has_norms
 
 #: What matrices can be stored as, and how a file of these is labelled.
 TYPES = {
@@ -54,7 +56,23 @@ _LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_NO_BIASES = "--format gguf: llama.cpp has no biases for models with query and key norms"
 _REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def check_gguf(config: PreTrainedConfig) -> None:
+    """Refuse the models of a ``config`` that llama.cpp has no place for, though they are plain decoders."""
+    check_plain(config)
+    stock: Any = stock_config(config)
+    if not has_norms(config):
+        return
+    kind = (stock.rope_parameters or {}).get("rope_type", "default")
+    if kind != "default":
+        raise InvalidRequest(
+            f"--format gguf: llama.cpp has no {kind!r} rotary factors for models with query and key norms"
+        )
+    if getattr(stock, "attention_bias", False):
+        raise InvalidRequest(_NO_BIASES)
 
 
 def write_gguf(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFields, name: str) -> int:
@@ -94,8 +112,6 @@ class _Sizes:
     def of(cls, shape: PlainShape) -> _Sizes:
         widths = [-(-width // BLOCK) * BLOCK for width in shape.widths]
         sizes = cls("", widths, list(shape.heads), list(shape.groups))
-        if shape.normed and not shape.usual:
-            raise InvalidRequest("--format gguf: llama.cpp has no rotary factors for models with query and key norms")
         if alike_in_gguf(shape.normed, shape.tied):
             sizes = cls("", *([max(one)] * len(one) for one in (widths, shape.heads, shape.groups)))
         names = ("qwen3", "openelm") if shape.normed else ("llama", "deci")
@@ -152,7 +168,7 @@ def _tensors(plain: PlainDecoder, sizes: _Sizes) -> Iterator[tuple[str, torch.Te
     for index, (groups, width) in enumerate(zip(sizes.groups, sizes.widths, strict=True)):
         tensors = plain.layer(index, groups, width)
         if shape.normed and any(name.endswith(".bias") for name in tensors):
-            raise InvalidRequest("--format gguf: llama.cpp has no biases for models with query and key norms")
+            raise InvalidRequest(_NO_BIASES)
         if sizes.architecture == "openelm":
             maps = [tensors.pop(f"self_attn.{one}_proj.weight") for one in "qkv"]
             yield f"blk.{index}.attn_qkv.weight", torch.cat(maps)

@@ -11,9 +11,12 @@ s the model's own softmax scale and a the factor of its rotary embedding (1 for 
 the logits what they were. Maps that are stored as two thin ones become one.
 
 A model that multiplies its embeddings by m, what its parts add by r and its logits by 1 / z (Granite) is a plain one
-whose residual stream is x / m in place of x. RMS norms do not see that once their epsilon is divided by m^2:
+whose residual stream is (s / m) x in place of x, for any s. RMS norms do not see that once their epsilon follows:
 
-    W_o <- (r / m) W_o,  W_D <- (r / m) W_D,  weight of the last norm <- weight / z,  epsilon <- epsilon / m^2.
+    E <- s E,  W_o <- (s r / m) W_o,  W_D <- (s r / m) W_D,  epsilon <- (s / m)^2 epsilon,
+
+and the last norm's weight is divided by z, and by s too where the head is E. s is the power of two next to m / r, so
+that weights hardly change in size, which formats of few bits would notice.
 
 Where queries and keys have norms of a head's channels (Qwen3), the plain model is a Qwen3: it is the query norm's
 weight that carries the softmax scale, and heads have to keep all channels that these norms are of.
@@ -119,7 +122,7 @@ class PlainDecoder:
             groups=groups,
             widths=tuple(_width(layer, self._family) for layer in self._layers),
             context=_context(config, self._layers, self._family),
-            epsilon=float(config.rms_norm_eps) / self._stream.embedded**2,
+            epsilon=float(config.rms_norm_eps) * (self._stream.scale / self._stream.embedded) ** 2,
             vocabulary=config.vocab_size,
             tied=_tied(model),
             normed=has_norms(model.config),
@@ -166,7 +169,7 @@ class PlainDecoder:
         }
         tensors |= {f"self_attn.{name}.bias": bias.flatten() for name, bias in biases.items() if bias is not None}
         tensors |= _mlp(layer, self._family, (width or shape.widths[index]) - shape.widths[index])
-        added = self._stream.added / self._stream.embedded
+        added = self._stream.scale * self._stream.added / self._stream.embedded
         return {name: added * x if name.split(".")[1] in _WRITING else x for name, x in tensors.items()}
 
     def rest(self) -> Tensors:
@@ -174,8 +177,9 @@ class PlainDecoder:
         embeddings: Any = self.model.get_input_embeddings()
         head: Any = self.model.get_output_embeddings()
         norm: Any = base_model(self.model).get_submodule("norm")
-        last = _gain(norm) / self._stream.read
-        tensors = {"model.embed_tokens.weight": embeddings.weight.detach(), "model.norm.weight": last}
+        scale = self._stream.scale
+        last = _gain(norm) / (self._stream.read * (scale if self.shape.tied else 1.0))
+        tensors = {"model.embed_tokens.weight": scale * embeddings.weight.detach(), "model.norm.weight": last}
         return tensors if self.shape.tied else tensors | {"lm_head.weight": head.weight.detach()}
 
 
@@ -194,6 +198,12 @@ class _Stream:
     def of(cls, config: Any) -> _Stream:
         names = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
         return cls(*(float(getattr(config, name, 1.0)) for name in names))
+
+    @property
+    def scale(self) -> float:
+        """S."""
+        ratio = self.embedded / self.added
+        return 2.0 ** round(math.log2(ratio)) if ratio > 0 else 1.0
 
 
 def _multiplies(layer: nn.Module) -> bool:
