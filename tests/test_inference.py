@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import modegpt
-from helpers import run_cli, tiny_tokenizer
+from helpers import run_cli, tiny_tokenizer, token_windows
 from modegpt import inference
+from modegpt.exports.plain import PlainDecoder, check_plain
+from modegpt.exports.stock import stock_model
 from modegpt.families import check_family
 from modegpt.inference import infer_family
 from modegpt.modeling import FAMILIES
@@ -168,3 +170,30 @@ def test_a_checkpoint_with_a_made_up_description_is_refused(tmp_path: Path, text
         file.write_text(text.replace('"rotary": "neighbours"', other))
         with pytest.raises(modegpt.CheckpointError):
             modegpt.load(tmp_path / "small")
+
+
+@pytest.mark.parametrize("model_type", INFERRED)
+def test_what_is_written_like_a_llama_can_be_exported_as_one(model_type: str) -> None:
+    config = tiny_config(model_type)
+    check_family(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = AutoModelForCausalLM.from_config(config).eval()
+    for model in (dense, modegpt.compress(dense, calibration=token_windows(8, 32), ratio=0.3)):
+        check_plain(model.config)
+        ids = token_windows(2, 24).ids
+        with torch.no_grad():
+            logits = stock_model(PlainDecoder(model))(ids).logits
+            torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=5e-5)
+
+
+def test_what_is_around_the_layers_has_to_be_a_llamas_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.ernie4_5 import modeling_ernie4_5
+
+    config = tiny_config("ernie4_5")
+    check_family(config)
+    check_plain(config)
+    base = modeling_ernie4_5.Ernie4_5Model
+    monkeypatch.setattr(base, "forward", transformers.GemmaModel.forward)
+    with pytest.raises(modegpt.InvalidRequest, match="models of type 'ernie4_5' compute something else"):
+        check_plain(config)

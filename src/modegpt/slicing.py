@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.helium.modeling_helium import HeliumRMSNorm
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
@@ -54,7 +55,7 @@ _ROWS = 8192
 #: Layers whose forward :class:`modegpt.modeling.modeling_slices.SlicedLayer` has.
 _LAYERS = (LlamaDecoderLayer, Phi3DecoderLayer)
 #: RMS norms, and how much more their weight is than the stored one.
-_NORMS = ((LlamaRMSNorm, 0.0), (GemmaRMSNorm, 1.0))
+_NORMS = ((LlamaRMSNorm, 0.0), (HeliumRMSNorm, 0.0), (GemmaRMSNorm, 1.0))
 
 
 def sliceable(layer: nn.Module) -> bool:

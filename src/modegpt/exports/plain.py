@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.cwm.modeling_cwm import CwmModel
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteRMSNorm
 
 from ..errors import InvalidRequest
@@ -245,12 +246,23 @@ def check_plain(config: PreTrainedConfig) -> None:
     """Refuse the models of a ``config`` that zeros do not turn into a Llama."""
     kind, problem = config.model_type.removeprefix(COMPRESSED), None
     activation = getattr(config, "hidden_act", None)
-    if kind not in LIKE_LLAMA:
+    if kind not in LIKE_LLAMA and not _written_alike(kind):
         problem = f"models of type {kind!r} compute something else; those of type {', '.join(LIKE_LLAMA)} can"
     elif activation not in ("silu", "swish"):
         problem = f"the activation of its MLP is {activation!r}, not 'silu'"
     if problem is not None:
         raise InvalidRequest(f"MODEL cannot be a plain Llama: {problem}")
+
+
+def _written_alike(kind: str) -> bool:
+    """Whether undescribed models are these but for names, also in what is around their layers."""
+    found = FAMILIES.get(kind)
+    if found is None or not found.inferred or any(found.description.norms):
+        return False
+    known = [FAMILIES[one].description for one in LIKE_LLAMA if one != "granite"]  # whose multipliers are there
+    bases = {forward_code(cls) for cls in (CwmModel, *(one.base for one in known))}
+    heads = {forward_code(one.causal_lm) for one in known}
+    return forward_code(found.description.base) in bases and forward_code(found.description.causal_lm) in heads
 
 
 def _attention(layer: nn.Module, family: Family, model: PreTrainedModel) -> _Attention:
