@@ -27,7 +27,7 @@ test-oldest: requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet "transformers==5.16.0" "huggingface_hub>=1.31,<2"
 	$(OLDEST)/bin/python -m pytest tests/test_families.py tests/test_inference.py tests/test_norm.py \
 		tests/test_experts.py tests/test_engine.py tests/test_statistics.py tests/test_compressed_model.py \
-		tests/test_factorised.py tests/test_slicegpt.py
+		tests/test_factorised.py tests/test_slicegpt.py tests/test_exports.py tests/test_tied.py tests/test_evaluate.py
 
 # vLLM for the CPU brings a Torch and a Transformers of its own; the packages taken away again do not match that Torch.
 VLLM := .venv-vllm

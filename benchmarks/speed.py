@@ -4,8 +4,9 @@
 
 A GGUF file is first made a safetensors directory: what is measured is the compression, not how long it takes to read
 a vocabulary in that format. Everything is measured in one process, the forward passes before and after the
-compressions. "forward" is the time inside the stock model, in all passes; "Gram" that of adding up statistics; the
-rest is named by the engine.
+compressions: the paper's method with two allocations, the default method, and that from a profile that was made before.
+"forward" is the time inside the stock model, in all passes; "Gram" that of adding up statistics; the rest is named by
+the engine.
 
 Writes ``results/speed.json`` and ``results/speed.md``.
 """
@@ -16,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from modegpt import RunConfig, compress_to_directory
+from modegpt.config import ProfileConfig
 from modegpt.data import TokenWindows, random_windows, read_text, tokenize
-from modegpt.pipeline import plan_request
+from modegpt.pipeline import plan_request, profile_to_directory
 from modegpt.progress import Progress
 from modegpt.report import peak_memory, versions
 from modegpt.sources import ModelSource
@@ -45,7 +46,20 @@ WHAT = {
     "solving vo": "solve: value-output",
     "keeping the layer": "write",
     "passing on": "forward: pass on",
+    "divergence": "predictions",
+    "reading the statistics": "load",
 }
+#: The options of every compression.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "modegpt, sequential, block-influence": {
+        "method": "modegpt",
+        "statistics": "sequential",
+        "allocation": "block-influence",
+    },
+    "modegpt, dense, uniform": {"method": "modegpt", "statistics": "dense", "allocation": "uniform"},
+    "greedy, dense, sensitivity": {"method": "greedy"},
+}
+PROFILE, FROM_PROFILE = "greedy, a profile", "greedy, from the profile"
 
 
 class Stopwatch(Progress):
@@ -124,12 +138,15 @@ def measure(arguments: argparse.Namespace, source: ModelSource) -> None:
     """Measure and write the results."""
     ids = tokenize(source.tokenizer(), read_text(str(arguments.text)))
     windows = random_windows(ids, arguments.samples, arguments.sequence_length, 0, what="TEXT")
-    settings = [("sequential", "block-influence"), ("dense", "uniform")]
     rounds: list[dict[str, Any]] = []
     for _ in range(arguments.repeats):
         row: dict[str, Any] = {"forward": [dense_passes(source, windows)]}
-        for statistics, allocation in settings:
-            row[f"{statistics}, {allocation}"] = compression(arguments, source.address, statistics, allocation)
+        for name, options in SETTINGS.items():
+            row[name] = measured(arguments, source.address, **options)
+        with tempfile.TemporaryDirectory() as directory:
+            profile = Path(directory) / "profile"
+            row[PROFILE] = measured(arguments, source.address, profile, method="greedy")
+            row[FROM_PROFILE] = measured(arguments, source.address, profile_from=profile)
         row["forward"].append(dense_passes(source, windows))
         rounds.append(row)
         print(json.dumps(row), flush=True)
@@ -165,31 +182,27 @@ def dense_passes(source: ModelSource, windows: TokenWindows) -> dict[str, float]
     return {"with head": passes(model), "decoder only": passes(model.base_model)}
 
 
-def compression(arguments: argparse.Namespace, model: str, statistics: str, allocation: str) -> dict[str, Any]:
-    """Seconds of one whole compression, from the model's file to the checkpoint, in all and by what was done."""
-    directory = Path(tempfile.mkdtemp())
-    try:
-        config = RunConfig.validated(
-            model=model,
-            output=directory / "compressed",
-            ratio=arguments.ratio,
-            method="modegpt",
-            samples=arguments.samples,
-            sequence_length=arguments.sequence_length,
-            calibration=str(arguments.text),
-            evaluate="none",
-            statistics=statistics,
-            allocation=allocation,
-        )
+def measured(arguments: argparse.Namespace, model: str, profile: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Seconds of a compression, from the model's file to the checkpoint, or of a ``profile``, also by what is done."""
+    with tempfile.TemporaryDirectory() as directory:
+        texts = {"samples": arguments.samples, "sequence_length": arguments.sequence_length}
+        texts |= {"calibration": str(arguments.text)}
+        if "profile_from" not in options:
+            options |= texts
+        if profile is not None:
+            config: RunConfig = ProfileConfig.validated(model=model, output=profile, **options)
+            run: Callable[..., Any] = profile_to_directory
+        else:
+            output = Path(directory) / "compressed"
+            config = RunConfig.validated(model=model, output=output, ratio=arguments.ratio, evaluate="none", **options)
+            run = compress_to_directory
         planned = plan_request(config)[2]
         stopwatch = Stopwatch()
         started = time.perf_counter()
         with timing_gram(stopwatch):
-            compress_to_directory(config, stopwatch)
+            run(config, stopwatch)
         seconds = time.perf_counter() - started
         stopwatch._switch(None)
-    finally:
-        shutil.rmtree(directory)
     parts = {name: round(value, 3) for name, value in stopwatch.spent.items()}
     parts["check"] = round(seconds - sum(parts.values()), 3)
     return {

@@ -369,6 +369,27 @@ def test_simpler_profiles_lack_what_they_say(load: Any) -> None:
 # Profiles, quantised files, speed, tasks
 
 
+def test_times_of_compressions_are_told_by_what_is_done(
+    load: Any, tiny_checkpoint: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed, path = load("speed"), tmp_path / "speed.json"
+    words = (tiny_checkpoint, text_file, "--samples", 8, "--sequence-length", 32, "--repeats", 1, "--output", path)
+    monkeypatch.setattr(sys, "argv", ["speed.py", *map(str, words)])
+    speed.main()
+    (found,) = json.loads(path.read_text())["rounds"]
+    assert list(found) == ["forward", *speed.SETTINGS, speed.PROFILE, speed.FROM_PROFILE]
+    rows = {name: row for name, row in found.items() if name != "forward"}
+    for row in rows.values():
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"], abs=0.01)
+        assert row["parts"].get("other", 0.0) == pytest.approx(0.0, abs=0.01), "everything has a name"
+    assert [name for name, row in rows.items() if "predictions" in row["parts"]] == [
+        "greedy, dense, sensitivity",
+        speed.PROFILE,
+    ]
+    assert "forward: calibrate" not in rows[speed.FROM_PROFILE]["parts"]
+    assert all(name in path.with_suffix(".md").read_text() for name in rows)
+
+
 @pytest.fixture(scope="module")
 def wider(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model whose MLPs have several multiples of 32 channels."""
