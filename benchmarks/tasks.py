@@ -1,10 +1,10 @@
 r"""Accuracy of compressed checkpoints on the tasks of MoDeGPT's paper, by ``modegpt evaluate --tasks``.
 
-    python benchmarks/tasks.py --compressed DIR/full-20 DIR/full-30 --task-data DATA --limit 200
+    python benchmarks/tasks.py --compressed DIR/greedy-20 DIR/greedy-30 --task-data DATA --limit 200
 
-The checkpoints are what ``profiles.py`` and ``modegpt compress`` write; DATA has the rows of the tasks where no hub is
-at hand. Writes ``results/tasks.json``, with all metrics, and ``results/tasks.md``, after every model; started again,
-with further models as well, it goes on with those that are missing.
+The checkpoints are what ``quality.py --checkpoints DIR`` and ``modegpt compress`` write; DATA has the rows of the tasks
+where no hub is at hand. Writes ``results/tasks.json``, with all metrics, and ``results/tasks.md``, after every model;
+started again, with further models as well, it goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -76,20 +76,24 @@ def previous_scores(path: Path, results: dict[str, Any]) -> dict[str, ModelScore
 
 
 def text_of(scores: list[ModelScores], limit: int | None) -> str:
-    """The table: a line for each task, their mean, and what of it was lost."""
+    """The tables: a line for each task, then one for each model with the mean and what of it was lost."""
     first = scores[0].tasks
-    lines = []
-    for task, facts in first.items():
-        if facts.is_accuracy:
-            found = [(one.tasks[task].metrics[facts.shown], one.tasks[task].errors[facts.shown]) for one in scores]
-            lines.append([task, facts.shown, str(facts.items), *(percent(value, error) for value, error in found)])
-    lines.append(["mean", "", "", *(percent(*(mean(one.tasks) or (0.0, None))) for one in scores)])
-    lost = [degradation(one.tasks, first) for one in scores]
-    lines.append(["relative degradation", "", "", *("" if one is None else f"{one:.1%}" for one in lost)])
+    judged = {task: facts for task, facts in first.items() if facts.is_accuracy}
     names = ["dense", *(Path(one.model).name for one in scores[1:])]
+    lines = []
+    for task, facts in judged.items():
+        found = [(one.tasks[task].metrics[facts.shown], one.tasks[task].errors[facts.shown]) for one in scores]
+        lines.append([task, facts.shown, str(facts.items), *(percent(value, error) for value, error in found)])
+    means = [percent(*(mean(one.tasks) or (0.0, None))) for one in scores]
+    lost = [degradation(one.tasks, first) for one in scores]
     first_rows = f", the first {limit} rows of each (of mmlu, of each subject)" if limit else ""
     text = f"Accuracy in percent with standard errors, on tasks of lm-evaluation-harness{first_rows}.\n\n"
-    return text + table(["task", "metric", "items", *names], lines)
+    text += table(["task", "metric", "items", *names], lines)
+    text += f"\nMean over these {len(judged)} tasks, and what of the dense model's is lost.\n\n"
+    relative = ["" if one is None else f"{one:.1%}" for one in lost]
+    return text + table(
+        ["model", "mean", "relative degradation"], list(map(list, zip(names, means, relative, strict=True)))
+    )
 
 
 def percent(value: float, error: float | None) -> str:
