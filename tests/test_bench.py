@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import modegpt
 from family_table import BY_NAME
@@ -91,6 +92,19 @@ def test_odd_widths_are_shown() -> None:
     mlps = 3 * 3 * 32 * 50
     maps = sum(map_.weight.numel() for map_ in model.modules() if isinstance(map_, nn.Linear))
     assert odd_share(model) == mlps / maps
+
+
+def test_odd_widths_of_other_maps_are_shown() -> None:
+    """GPT-2's are no linear layers, and those of experts no layers at all."""
+    gpt2 = BY_NAME["gpt2"].build(n_inner=50)
+    layers = gpt2.transformer.h
+    maps = sum(one.weight.numel() for one in gpt2.modules() if isinstance(one, (nn.Linear, Conv1D)))
+    assert odd_share(gpt2) == len(layers) * 2 * 32 * 50 / maps
+    mixtral = BY_NAME["mixtral"].build(intermediate_size=22)
+    experts = sum(one.numel() for one in mixtral.parameters() if one.dim() == 3)
+    others = sum(one.weight.numel() for one in mixtral.modules() if isinstance(one, nn.Linear))
+    assert experts > 0
+    assert odd_share(mixtral) == experts / (experts + others)
 
 
 def test_models_take_turns(tiny_checkpoint: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

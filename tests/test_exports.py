@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -440,9 +442,36 @@ def test_other_tokenizers_are_refused() -> None:
         tokenizer_fields(tokenizer, 8)
 
 
+def test_what_is_put_around_text_has_to_be_first_and_last_tokens() -> None:
+    tokenizer = byte_level(use_regex=True)
+    tokenizer.add_special_tokens({"bos_token": "<b>"})
+    tokens = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<b>", "<e>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<b> $A <e>", special_tokens=tokens)
+    assert tokenizer_fields(tokenizer, 8).adds == {"space": False, "bos": True, "eos": True}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<e> <b> $A", special_tokens=tokens)
+    with pytest.raises(InvalidRequest, match=r"llama.cpp puts no '<e>', '<b>' around text, as this"):
+        tokenizer_fields(tokenizer, 8)
+
+
+def test_tokens_that_take_blanks_away_are_told_of_or_known_by_name(
+    checkpoint: Any, checkpoint_copy: Path, tmp_path: Path
+) -> None:
+    models = [checkpoint_copy, Path(shutil.copytree(checkpoint("phi3"), tmp_path / "small"))]
+    for number, model in enumerate(models):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens([AddedToken(tokenizer.convert_ids_to_tokens(9), rstrip=True)])
+        tokenizer.save_pretrained(model)
+        outcome = run_cli("export", model, "-o", tmp_path / f"{number}.gguf", "--format", "gguf")
+        assert outcome.code == 0, outcome.err
+        assert ("llama.cpp keeps blanks beside" in outcome.err) == (number == 0)
+    fields, _ = read_gguf(tmp_path / "1.gguf")
+    assert fields["general.name"] == "small (Phi-3)"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "a blank before text that is split"),
         ({"normalizer": normalizers.Lowercase()}, "no tokenizer with 'Lowercase'"),
         ({"normalizer": normalizers.NFD()}, "no tokenizer with 'NFD'"),
         ({"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.NFKD()])}, "no tokenizer with 'NFKD'"),

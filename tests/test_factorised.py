@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import modegpt
 from family_table import BY_NAME, ROWS, attention_of, has_experts, layers_of
-from helpers import assert_loads_alone, compress_arguments, run_cli, tiny_llama
+from helpers import assert_loads_alone, compress_arguments, run_cli, tiny_llama, token_windows
 from modegpt.budget import LayerRanks, kept_parameters, whole
 from modegpt.config import CompressionConfig, RunConfig
 from modegpt.data import TokenWindows
@@ -539,3 +539,17 @@ def test_attention_modules_of_whole_layers_have_no_shared_input() -> None:
     ranks = shares(model, JointRankK(), 0.5, 1, 1)
     small = compress_to(model, JointRankK(), ranks).model
     assert all(attention_of(layer).shared_input is None for layer in layers_of(small))
+
+
+@pytest.mark.parametrize("method", ["svd", "joint-rank-k"])
+def test_mlps_with_factors_are_of_another_class_than_whole_ones(method: str, tmp_path: Path) -> None:
+    """Engines that look at one module of a class take all others for alike."""
+    model = tiny_llama()
+    small = modegpt.compress(model, calibration=token_windows(8, 32), ratio=0.2, method=method, layers="1-2")
+    modegpt.save(small, tmp_path / "small")
+    for one in (small, modegpt.load(tmp_path / "small")):
+        whole, *factorised = (type(layer.mlp) for layer in layers_of(one))
+        assert whole is type(model.model.layers[0].mlp)
+        assert len(set(factorised)) == 1
+        assert whole not in factorised
+        assert issubclass(factorised[0], whole)

@@ -18,6 +18,7 @@ from family_table import BY_NAME
 from helpers import narrow_llama, run_cli, tiny_llama, token_windows
 from llama_cpp import LLAMA_CPP, llama_cpp, next_token
 from modegpt.address import open_model
+from modegpt.exports.gguf_file import TYPES
 from modegpt.sources import ModelSource
 
 PROMPTS = ("the model keeps the head of", "a decoder  layer\nreads 12 tokens", "Ünïcode is text, too: \N{SNOWMAN}!")
@@ -129,10 +130,14 @@ def test_llama_cpp_runs_all_kinds_of_compressed_models(
     assert fields["general.architecture"].contents() == architecture
 
 
-@pytest.mark.skipif(shutil.which("llama-quantize") is None, reason="llama.cpp's llama-quantize is not on the PATH")
+QUANTIZER = pytest.mark.skipif(
+    shutil.which("llama-quantize") is None, reason="llama.cpp's llama-quantize is not on the PATH"
+)
+
+
 @LLAMA_CPP
-@pytest.mark.parametrize("kind", ["q4_k_m", "q6_k"])
-def test_llama_cpp_reads_its_own_k_quants(engine: str, kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*TYPES, *(pytest.param(kind, marks=QUANTIZER) for kind in ("q4_k_m", "q6_k"))])
+def test_llama_cpp_reads_all_types(engine: str, kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """With the weights of the file itself; llama.cpp rounds what enters these matrices as well."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     model = tiny_llama(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, initializer_range=0.05)

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from transformers import AutoTokenizer
 import modegpt
 from helpers import Outcome, compress_arguments, run_cli
 from modegpt import hub, sources
-from modegpt.model_card import model_card
+from modegpt.model_card import OLDEST, model_card
+from modegpt.page import Checkpoint
 from modegpt.results import spectrum_of, thinned
 from modegpt.sources import ModelSource
 
@@ -352,6 +355,22 @@ def test_cards_are_linked_to_models_of_the_hub(
     assert "base_model" not in card
 
 
+def test_cards_say_what_the_code_needs(made: Path) -> None:
+    card = model_card(modegpt.CompressionReport.read(made / "greedy"))
+    needed = next(line for line in requires("modegpt") or [] if line.startswith("transformers"))
+    assert needed == f"transformers>={OLDEST}"
+    assert f"Transformers {OLDEST} or newer" in card
+    assert "trust_remote_code=True" in card
+
+
+def test_the_time_of_an_interrupted_run_is_that_of_its_end(made: Path) -> None:
+    one = Checkpoint.read(made / "greedy")
+    assert one.run is not None
+    assert dict(one.facts())["Time"]
+    again = replace(one, run=one.run.model_copy(update={"starts": 3}))
+    assert dict(again.facts())["Time, since the last of 3 starts"]
+
+
 class Api:
     """A hub that notes what it is told."""
 
@@ -375,6 +394,7 @@ def test_a_checkpoint_is_pushed_with_all_that_it_needs(made: Path, monkeypatch: 
     (repository, made_with), upload = api.told
     assert (api.token, repository, made_with) == ("t", "me/greedy", {"private": True, "exist_ok": True})
     assert (upload["repo_id"], upload["folder_path"]) == ("me/greedy", made / "greedy")
+    assert upload["delete_patterns"] == list(hub.FILES), "of an earlier checkpoint in the same place"
     assert sorted(upload["allow_patterns"]) == sorted(path.name for path in (made / "greedy").iterdir())
     outcome = run_cli("push", made / "greedy", "me/greedy")
     assert outcome == Outcome(0, "Uploaded: https://hub/commit/1\n", "")

@@ -11,13 +11,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import compress_arguments, random_text, run_cli, run_process, tiny_llama
+from modegpt import memory
 from modegpt.config import CompressionConfig, RunConfig
 from modegpt.costs import (
     Sizes,
@@ -315,3 +318,32 @@ print(solve({sizes.groups}, {sizes.heads}, {sizes.hidden}, {sizes.head}, {rank})
     run = {"env": os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, "capture_output": True, "check": True}
     measured = int(subprocess.run([sys.executable, "-c", script], **run).stdout)
     assert 0.6 * value_fit_bytes(sizes) < measured < 1.2 * value_fit_bytes(sizes)
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        ({"": None}, 100),
+        ({"": ("max", 10, 0)}, 100),
+        ({"": (60, 50, 20)}, 30),
+        ({"": (200, 10, 0)}, 100),
+        ({"": (90, 50, 0), "pods/one": ("max", 10, 0)}, 40),
+        ({"": ("max", 50, 0), "pods": (70, 65, 0), "pods/one": (80, 10, 0)}, 5),
+    ],
+)
+def test_memory_is_what_control_groups_leave(
+    limits: dict[str, Any], left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, numbers in limits.items():
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        if numbers is not None:
+            for file, number in zip(("memory.max", "memory.current", "memory.stat"), numbers, strict=True):
+                prefix = "anon 1\ninactive_file " if file == "memory.stat" else ""
+                (tmp_path / name / file).write_text(f"{prefix}{number}\n")
+    (tmp_path / "own").write_text(f"1:name=systemd:/\n0::/{max(limits, key=len)}\n")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN", tmp_path / "own")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    assert memory.free_memory() == left
+    monkeypatch.setattr(memory, "_OWN", tmp_path / "no such file")
+    assert memory.free_memory() == 100

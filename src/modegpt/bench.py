@@ -25,10 +25,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .address import open_model
 from .data import check_length
 from .errors import InvalidRequest
+from .memory import free_memory
 from .progress import Progress
 
 #: Kernels like widths that are multiples of it.
@@ -170,9 +172,20 @@ def facts_of(speeds: Sequence[Speed], load: Load) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
     return {"machine": machine, "models": [speed.facts(load, speeds[0]) for speed in speeds]}
+
+
+def _processor() -> str:
+    """The name of the CPU, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def measure(
@@ -270,7 +283,7 @@ def _too_much(error: Exception) -> str:
 
 def _check_memory(needed: int, device: torch.device) -> None:
     """Raise ``MemoryError`` where that many bytes are not free: Linux would end the process instead."""
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + reserved
@@ -362,8 +375,12 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def odd_share(model: PreTrainedModel) -> float:
-    """Of the linear maps' parameters, those in maps with a width that is no multiple of :data:`KIND`."""
-    sizes = [one.weight.shape for one in model.modules() if isinstance(one, nn.Linear)]
+    """Of the linear maps' parameters, those in maps with a width that is no multiple of :data:`KIND`.
+
+    The maps of all experts of a layer are one parameter, of which the number of experts is no width.
+    """
+    maps = [one.weight.shape for one in model.modules() if isinstance(one, (nn.Linear, Conv1D))]
+    sizes = [*maps, *(one.shape[1:] for one in model.parameters() if one.dim() == 3 for _ in range(len(one)))]
     odd = [size for size in sizes if any(width % KIND for width in size)]
     return sum(map(math.prod, odd)) / max(1, sum(map(math.prod, sizes)))
 

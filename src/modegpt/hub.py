@@ -12,8 +12,18 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from .errors import CheckpointError, InvalidRequest
 from .report import CompressionReport
 
-#: What a checkpoint consists of: weights, configs, tokenizer with its named chat templates, code, report and card.
-FILES = ("*.safetensors", "*.json", "*.jinja", f"{CHAT_TEMPLATE_DIR}/*.jinja", "*.model", "*.txt", "*.py", "README.md")
+#: What a checkpoint is: weights, configs, tokenizer with its named chat templates, code, report, card, licence.
+FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    f"{CHAT_TEMPLATE_DIR}/*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "README.md",
+    "LICENSE*",
+)
 
 
 def push_to_hub(
@@ -40,7 +50,11 @@ def push_to_hub(
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repository, folder_path=directory, commit_message=message, allow_patterns=_files(directory)
+            repo_id=repository,
+            folder_path=directory,
+            commit_message=message,
+            allow_patterns=_files(directory),
+            delete_patterns=list(FILES),  # those of an earlier checkpoint that this one has not
         )
     except Exception as error:  # the hub, the network and the client each have errors of their own
         problem = " ".join(str(error).split()) or type(error).__name__

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from .report import CompressionReport
 
+#: The first Transformers that the modeling code runs with.
+OLDEST = "5.16"
 _ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)")
 
 
@@ -48,15 +50,16 @@ tags:
 ## Use
 
 ```python
-import modegpt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+name = "..."  # of this repository, or the directory with these files
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 ```
 
-Without modegpt installed, pass `trust_remote_code=True` to both: the modeling files are in this directory.
-`compression.json` holds every rank, kept index and error, the versions and the hash of the calibration tokens.
+This takes Transformers {OLDEST} or newer; the modeling files are among these. The licence of the model that was
+compressed applies. `compression.json` holds every rank, kept index and error, the versions and the hash of the
+calibration tokens.
 
 ## Made by
 

@@ -134,7 +134,8 @@ class Checkpoint:
         if self.report.alignment is not None:
             rows.append(("Ranks are multiples of (measured)", str(self.report.alignment.chosen)))
         if self.run is not None:
-            rows.append(("Time", duration(sum(self.run.seconds.values()))))
+            starts = f", since the last of {self.run.starts} starts" if self.run.starts > 1 else ""
+            rows.append((f"Time{starts}", duration(sum(self.run.seconds.values()))))
             rows.append(("Peak memory", f"{self.run.peak_memory_bytes / 1e9:,.2f} GB"))
         return rows
 

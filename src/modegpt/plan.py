@@ -32,6 +32,7 @@ from .errors import InvalidRequest
 from .families import model_geometry
 from .files import existing_parent
 from .journal import left_behind
+from .memory import free_memory
 from .methods import METHODS
 from .mixture import Mixture
 from .parallel import processes, processes_here
@@ -218,7 +219,7 @@ def _held(directory: Path) -> int:
 
 def _shortage(plan: Plan, config: RunConfig) -> str | None:
     """What memory is too small, if any is."""
-    free = psutil.virtual_memory().available
+    free = free_memory()
     needed = processes_here(config.devices, config.device) * plan.host_peak - psutil.Process().memory_info().rss
     if needed > free:
         return f"not enough memory: about {_gib(needed)} are needed and {_gib(free)} are free"

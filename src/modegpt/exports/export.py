@@ -14,7 +14,7 @@ from ..errors import InvalidRequest
 from ..files import existing_parent, storing
 from ..progress import Progress
 from .gguf_file import TYPES, check_gguf, write_gguf
-from .gguf_tokenizer import tokenizer_fields
+from .gguf_tokenizer import strips, tokenizer_fields
 from .k_quants import K_QUANTS, check_quantizer
 from .onnx import check_onnx, onnx_dtype, write_onnx
 from .plain import PlainDecoder, PlainShape, alike_in_gguf, check_plain
@@ -70,6 +70,12 @@ def export(
     else:
         check_plain(config)
     fields = tokenizer_fields(tokenizer, config.vocab_size, pre_tokenizer) if target == "gguf" else None
+    name = Path(address).name
+    if fields is not None and (tokens := strips(tokenizer)):
+        if config.model_type.endswith("phi3"):
+            name += "" if "phi-3" in name.lower() else " (Phi-3)"  # by which llama.cpp knows what its tokens do
+        else:
+            progress.note(f"llama.cpp keeps blanks beside {', '.join(tokens)}, which the tokenizer takes away")
     with progress.phase("load"):
         model = open_it()
     with progress.phase("export"), storing(f"--output {output}", resumes=False):
@@ -82,7 +88,7 @@ def export(
             return ExportFacts(own, own)
         plain = PlainDecoder(model)
         if fields is not None:
-            count = write_gguf(output, plain, kind, fields, Path(address).name)
+            count = write_gguf(output, plain, kind, fields, name)
             return ExportFacts(own, count, plain.shape, alike_in_gguf(plain.shape.normed, plain.shape.tied))
         stock = stock_model(plain)
         with _directory(output) as staging:

@@ -112,16 +112,25 @@ def _check_steps(facts: Mapping[str, Any], bytewise: bool) -> None:
     Raises :class:`InvalidRequest`.
     """
     normalizers = [part["type"] for part in _parts(facts["normalizer"], "normalizers")]
-    splits = [part["type"] for part in _parts(facts["pre_tokenizer"], "pretokenizers")]
+    parts = _parts(facts["pre_tokenizer"], "pretokenizers")
+    splits = [part["type"] for part in parts]
     # Composed normal forms leave nearly all text as it is; SentencePiece's blanks are what 'llama' does itself.
     known = {"NFC", "NFKC"} if bytewise else {"Prepend", "Replace", "NFC", "NFKC"}
     problem = next((kind for kind in normalizers if kind not in known), None)
+    if bytewise and any(part.get("add_prefix_space", False) for part in parts):
+        problem = problem or "a blank before text that is split into bytes"
     if not bytewise:
         problem = problem or next((kind for kind in splits if kind != "Metaspace"), None)
         if not facts["model"].get("byte_fallback") and not {"Prepend", "Replace"} & {*normalizers} and not splits:
             problem = problem or "no bytes and no blanks of SentencePiece"
     if problem is not None:
         raise InvalidRequest(f"--format gguf: llama.cpp has no tokenizer with {problem!r}, as this one has")
+
+
+def strips(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The added tokens that take blanks beside them away, which llama.cpp does for Phi-3 alone."""
+    added = tokenizer.added_tokens_decoder.values()
+    return [one.content for one in added if one.lstrip or one.rstrip]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -182,18 +191,15 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def _adds(tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any], bytewise: bool) -> dict[str, bool]:
     """What the tokenizer puts around text, by a text that it is given."""
     ids = list(tokenizer("a")["input_ids"])
-    if bytewise:
-        space = any(part.get("add_prefix_space", False) for part in _parts(facts["pre_tokenizer"], "pretokenizers"))
-    else:
-        steps = [*_parts(facts["normalizer"], "normalizers"), *_parts(facts["pre_tokenizer"], "pretokenizers")]
-        space = any(
-            (part["type"] == "Prepend" and part["prepend"] == _SPACE)
-            or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
-            for part in steps
-        )
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return {
-        "space": space,
-        "bos": bos is not None and ids[:1] == [bos],
-        "eos": eos is not None and ids[-1:] == [eos],
-    }
+    steps = [*_parts(facts["normalizer"], "normalizers"), *_parts(facts["pre_tokenizer"], "pretokenizers")]
+    space = not bytewise and any(
+        (part["type"] == "Prepend" and part["prepend"] == _SPACE)
+        or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+        for part in steps
+    )
+    first, last = ids[:1] == [tokenizer.bos_token_id], ids[-1:] == [tokenizer.eos_token_id]
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    if ids[first : len(ids) - last] != plain:
+        added = ", ".join(repr(tokenizer.decode([one])) for one in ids if one not in plain)
+        raise InvalidRequest(f"--format gguf: llama.cpp puts no {added} around text, as this tokenizer does")
+    return {"space": space, "bos": first, "eos": last}

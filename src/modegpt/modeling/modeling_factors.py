@@ -39,9 +39,13 @@ class BehindSharedInput:
         return result
 
 
+class WithFactors:
+    """Mixin before a stock MLP with factorised maps: engines take the modules of one class for alike."""
+
+
 @cache
-def _behind_shared_input(stock: Any) -> Any:
-    return type(f"ModeGPT{stock.__name__}", (BehindSharedInput, stock), {})
+def _made_of(mixin: Any, stock: Any) -> Any:
+    return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {})
 
 
 def factorise(layer: nn.Module, stacks: Mapping[str, Sequence[str]], ranks: Mapping[str, int]) -> None:
@@ -63,14 +67,17 @@ def factorise(layer: nn.Module, stacks: Mapping[str, Sequence[str]], ranks: Mapp
         inputs, outputs = maps[0].in_features, sum(linear.out_features for linear in maps)
         if rank > min(inputs, outputs):
             raise ValueError(f"{name!r} is {rank}; it is at most {min(inputs, outputs)}")
+        owner: Any = layer.get_submodule(paths[0].rpartition(".")[0])
+        stock = not hasattr(owner, "shared_input")  # attention has one, and knows what to do with it
         if len(maps) == 1:
             layer.set_submodule(paths[0], FactorisedLinear(maps[0], rank))
+            if stock and not isinstance(owner, WithFactors):
+                owner.__class__ = _made_of(WithFactors, cast(Hashable, type(owner)))
             continue
-        owner: Any = layer.get_submodule(paths[0].rpartition(".")[0])
         for path, linear in zip(paths, maps, strict=True):
             layer.set_submodule(path, _linear(linear, rank, linear.out_features, bias=linear.bias is not None))
-        if not hasattr(owner, "shared_input"):  # a module that knows what to do with it has one already
-            owner.__class__ = _behind_shared_input(cast(Hashable, type(owner)))
+        if stock:
+            owner.__class__ = _made_of(BehindSharedInput, cast(Hashable, type(owner)))
         owner.shared_input = _linear(maps[0], inputs, rank, bias=False)
 
 
