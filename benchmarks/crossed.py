@@ -4,8 +4,8 @@ r"""What calibrates against what perplexity is measured on, as in table B.15 of 
         --texts wikitext2=TEST.txt.gz ptb=PTB_TEST.txt.gz alpaca=ALPACA.jsonl.gz
 
 The default method and the paper's (with its own sequential statistics, at a temperature of 0.03) at one ratio,
-calibrated on the first windows of each text alone, and (``all``) on as many of all of them together. Sensitivities are measured
-on windows that seed 0 draws from the rest. Of a text named ``alpaca`` the last tenth is evaluated and the rest
+calibrated on the first windows of each text alone, and (``all``) on as many of all of them together. Sensitivities are
+measured on windows that seed 0 draws from the rest. Of a text named ``alpaca`` the last tenth is evaluated and the rest
 calibrates; one named ``ptb`` is joined by spaces. Writes ``results/crossed.json`` and ``results/crossed.md`` after
 every row; started again, it goes on with what is missing.
 """
