@@ -27,6 +27,7 @@ from modegpt.errors import InvalidRequest
 from modegpt.layered import resident
 from modegpt.methods import METHODS, SVD, SVDLLM, JointRankK
 from modegpt.methods.factorised import FactorGeometry, Factorised, Stack
+from modegpt.modeling.modeling_factors import factorise
 from modegpt.pipeline import compress_to_directory, read_texts
 from modegpt.results import Choice
 from modegpt.sources import ModelSource
@@ -542,14 +543,24 @@ def test_attention_modules_of_whole_layers_have_no_shared_input() -> None:
 
 
 @pytest.mark.parametrize("method", ["svd", "joint-rank-k"])
-def test_mlps_with_factors_are_of_another_class_than_whole_ones(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_modules_with_factors_are_of_another_class_than_whole_ones(method: str, part: str, tmp_path: Path) -> None:
     """Engines that look at one module of a class take all others for alike."""
     model = tiny_llama()
     small = modegpt.compress(model, calibration=token_windows(8, 32), ratio=0.2, method=method, layers="1-2")
     modegpt.save(small, tmp_path / "small")
     for one in (small, modegpt.load(tmp_path / "small")):
-        whole, *factorised = (type(layer.mlp) for layer in layers_of(one))
-        assert whole is type(model.model.layers[0].mlp)
+        whole, *factorised = (type(getattr(layer, part)) for layer in layers_of(one))
         assert len(set(factorised)) == 1
         assert whole not in factorised
         assert issubclass(factorised[0], whole)
+
+
+def test_modules_with_other_maps_in_two_are_of_another_class() -> None:
+    layers = [tiny_llama().model.layers[0] for _ in range(3)]
+    for layer, path in zip(layers, ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_proj"), strict=True):
+        factorise(layer, {path: [path]}, {path: 4})
+    one, other, again = (type(layer.mlp) for layer in layers)
+    assert one is again
+    assert one is not other
+    assert one.__name__ == other.__name__ == "FactorisedLlamaMLP"

@@ -67,7 +67,7 @@ def geometry(model: PreTrainedModel) -> tuple[set[Any], set[Any], bool]:
 def has_what_is_tried(model: PreTrainedModel, method: str) -> bool:
     """Sizes of heads, numbers of heads, or factorised maps that differ from layer to layer."""
     if method == "svd-llm":
-        return len({type(layer.mlp) for layer in model.model.layers}) == 2
+        return len({type(layer.mlp) for layer in model.model.layers}) > 1
     head_sizes, head_counts, narrow = geometry(model)
     return len(head_counts) > 1 if method == "obc" else len(head_sizes) > 1 and narrow
 

@@ -39,13 +39,15 @@ class BehindSharedInput:
         return result
 
 
-class WithFactors:
-    """Mixin before a stock MLP with factorised maps: engines take the modules of one class for alike."""
+@cache
+def _behind_shared_input(stock: Any) -> Any:
+    return type(f"ModeGPT{stock.__name__}", (BehindSharedInput, stock), {})
 
 
 @cache
-def _made_of(mixin: Any, stock: Any) -> Any:
-    return type(f"{mixin.__name__}{stock.__name__}", (mixin, stock), {})
+def _with_factors(stock: Any, name: str) -> Any:
+    """A class for the modules whose map ``name`` is factorised: engines take all modules of one class for alike."""
+    return type(f"Factorised{stock.__name__.removeprefix('Factorised')}", (stock,), {"__doc__": f"With {name} in two."})
 
 
 def factorise(layer: nn.Module, stacks: Mapping[str, Sequence[str]], ranks: Mapping[str, int]) -> None:
@@ -67,17 +69,16 @@ def factorise(layer: nn.Module, stacks: Mapping[str, Sequence[str]], ranks: Mapp
         inputs, outputs = maps[0].in_features, sum(linear.out_features for linear in maps)
         if rank > min(inputs, outputs):
             raise ValueError(f"{name!r} is {rank}; it is at most {min(inputs, outputs)}")
-        owner: Any = layer.get_submodule(paths[0].rpartition(".")[0])
-        stock = not hasattr(owner, "shared_input")  # attention has one, and knows what to do with it
+        place, _, child = paths[0].rpartition(".")
+        owner: Any = layer.get_submodule(place)
         if len(maps) == 1:
             layer.set_submodule(paths[0], FactorisedLinear(maps[0], rank))
-            if stock and not isinstance(owner, WithFactors):
-                owner.__class__ = _made_of(WithFactors, cast(Hashable, type(owner)))
+            owner.__class__ = _with_factors(cast(Hashable, type(owner)), child)
             continue
         for path, linear in zip(paths, maps, strict=True):
             layer.set_submodule(path, _linear(linear, rank, linear.out_features, bias=linear.bias is not None))
-        if stock:
-            owner.__class__ = _made_of(BehindSharedInput, cast(Hashable, type(owner)))
+        if not hasattr(owner, "shared_input"):  # a module that knows what to do with it has one already
+            owner.__class__ = _behind_shared_input(cast(Hashable, type(owner)))
         owner.shared_input = _linear(maps[0], inputs, rank, bias=False)
 
 
