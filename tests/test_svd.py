@@ -31,7 +31,7 @@ def roots(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return vectors @ torch.diag(values.sqrt()) @ vectors.T, vectors @ torch.diag(values.rsqrt()) @ vectors.T
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-9) -> None:
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-9) -> None:
     """Compare relative to the largest entry."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * float(expected.abs().max()))
 
@@ -43,8 +43,10 @@ def test_one_head_keeps_the_largest_singular_values_of_the_product() -> None:
     assert result.error == pytest.approx(1, rel=1e-13)
     assert result.norm == pytest.approx(14, rel=1e-13)
     assert result.singular is not None
-    close(result.singular, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), rtol=1e-14)
-    close(result.value @ result.output[0], torch.diag(torch.tensor([0.0, 3.0, 2.0], dtype=torch.float64)), rtol=1e-14)
+    assert_near(result.singular, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), rtol=1e-14)
+    assert_near(
+        result.value @ result.output[0], torch.diag(torch.tensor([0.0, 3.0, 2.0], dtype=torch.float64)), rtol=1e-14
+    )
 
 
 def test_group_keeps_the_largest_singular_values_of_the_weighted_value_map() -> None:
@@ -54,10 +56,10 @@ def test_group_keeps_the_largest_singular_values_of_the_weighted_value_map() -> 
     result = svd_decomposition(gram, value, output, 2)
     expected = output.clone()
     expected[:, 2] = 0
-    close(result.value @ result.output, expected, rtol=1e-14)
+    assert_near(result.value @ result.output, expected, rtol=1e-14)
     assert result.error == pytest.approx(squared(output[:, 2]), rel=1e-13)
     assert result.singular is not None
-    close(result.singular, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), rtol=1e-14)
+    assert_near(result.singular, torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), rtol=1e-14)
     assert result.norm == pytest.approx(sum(c * squared(output[:, i]) for i, c in enumerate((4, 9, 1))), rel=1e-13)
 
 
@@ -98,13 +100,13 @@ def test_one_head_is_not_improved_by_other_factors_of_the_same_rank() -> None:
             assert output_error(inputs, value, output, other) > result.error
 
 
-def equals_up_to_scale(result: SVDDecomposition, value: torch.Tensor, output: torch.Tensor) -> None:
+def assert_equal_up_to_scale(result: SVDDecomposition, value: torch.Tensor, output: torch.Tensor) -> None:
     """The same channels in the same order; a value column may be any multiple, its output row the inverse one."""
-    close(result.value @ result.output, value @ output)
+    assert_near(result.value @ result.output, value @ output)
     for index in range(value.shape[1]):
         factor = (result.value[:, index] @ value[:, index]) / value[:, index].square().sum()
-        close(result.value[:, index], factor * value[:, index])
-        close(result.output[:, index], output[:, index] / factor)
+        assert_near(result.value[:, index], factor * value[:, index])
+        assert_near(result.output[:, index], output[:, index] / factor)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -113,9 +115,9 @@ def test_values_and_outputs_share_their_size_evenly(heads: int, tokens: int) -> 
     """However much calibration text there was: nothing leaves the range of 16-bit formats."""
     inputs, (value, output) = mixed(100, HIDDEN), weights(heads)
     result = svd_decomposition(tokens * inputs.T @ inputs, value, output, 3)
-    close(result.value.norm(dim=0), result.output.norm(dim=(0, 2)))
+    assert_near(result.value.norm(dim=0), result.output.norm(dim=(0, 2)))
     reference = svd_decomposition(inputs.T @ inputs, value, output, 3)
-    close(result.value.abs(), reference.value.abs())
+    assert_near(result.value.abs(), reference.value.abs())
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -128,7 +130,7 @@ def test_one_head_equals_algorithm_3_with_matrix_roots(rank: int) -> None:
     published_value = inverse_root @ left @ left2[:, :rank]
     published_output = torch.diag(singular2[:rank]) @ right2[:rank]
 
-    equals_up_to_scale(svd_decomposition(gram, value, output, rank), published_value, published_output[None])
+    assert_equal_up_to_scale(svd_decomposition(gram, value, output, rank), published_value, published_output[None])
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -141,7 +143,7 @@ def test_group_equals_appendix_b1_with_matrix_roots(heads: int, rank: int) -> No
     published_value = inverse_root @ left[:, :rank]
     published_output = torch.stack([torch.diag(singular[:rank]) @ right[:rank] @ head for head in output])
 
-    equals_up_to_scale(svd_decomposition(gram, value, output, rank), published_value, published_output)
+    assert_equal_up_to_scale(svd_decomposition(gram, value, output, rank), published_value, published_output)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -160,7 +162,7 @@ def test_result_does_not_depend_on_the_scale_of_the_inputs(scale: float, heads: 
     inputs, (value, output) = mixed(100, HIDDEN), weights(heads)
     gram = inputs.T @ inputs
     result, scaled = (svd_decomposition(c, value, output, 3) for c in (gram, scale * gram))
-    close(scaled.value @ scaled.output, result.value @ result.output, rtol=1e-11)
+    assert_near(scaled.value @ scaled.output, result.value @ result.output, rtol=1e-11)
     assert scaled.error == pytest.approx(scale * result.error, rel=1e-11)
 
 

@@ -72,10 +72,7 @@ def export(
     fields = tokenizer_fields(tokenizer, config.vocab_size, pre_tokenizer) if target == "gguf" else None
     name = Path(address).name
     if fields is not None and (tokens := strips(tokenizer)):
-        if config.model_type.endswith("phi3"):
-            name += "" if "phi-3" in name.lower() else " (Phi-3)"  # by which llama.cpp knows what its tokens do
-        else:
-            progress.note(f"llama.cpp keeps blanks beside {', '.join(tokens)}, which the tokenizer takes away")
+        name = _known_by(name, config.model_type, tokens, progress)
     with progress.phase("load"):
         model = open_it()
     with progress.phase("export"), storing(f"--output {output}", resumes=False):
@@ -95,6 +92,14 @@ def export(
             stock.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
         return ExportFacts(own, sum(parameter.numel() for parameter in stock.parameters()), plain.shape, alike=True)
+
+
+def _known_by(name: str, model_type: str, tokens: list[str], progress: Progress) -> str:
+    """The ``name`` by which llama.cpp knows what the ``tokens`` take away, if it knows any; said if not."""
+    if model_type.endswith("phi3"):
+        return name if "phi-3" in name.lower() else f"{name} (Phi-3)"
+    progress.note(f"llama.cpp keeps blanks beside {', '.join(tokens)}, which the tokenizer takes away")
+    return name
 
 
 def _check(output: Path, target: str, kind: str, pre_tokenizer: str | None) -> None:

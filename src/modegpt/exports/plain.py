@@ -202,7 +202,7 @@ class _Stream:
 
     @property
     def scale(self) -> float:
-        """S."""
+        """The power of two next to m / r: the factor s."""
         ratio = self.embedded / self.added
         return 2.0 ** round(math.log2(ratio)) if ratio > 0 else 1.0
 
