@@ -3,9 +3,9 @@ r"""What calibrates against what perplexity is measured on, as in table B.15 of 
     python benchmarks/crossed.py --train wikitext2=TRAIN.txt.gz ptb=PTB_TRAIN.txt.gz alpaca=ALPACA.jsonl.gz \
         --texts wikitext2=TEST.txt.gz ptb=PTB_TEST.txt.gz alpaca=ALPACA.jsonl.gz
 
-The default method and the paper's (with its own sequential statistics, at a temperature of 0.03) at one ratio,
-calibrated on the first windows of each text alone, and (``all``) on as many of all of them together. Sensitivities are
-measured on windows that seed 0 draws from the rest. Of a text named ``alpaca`` the last tenth is evaluated and the rest
+The default method and the paper's (at a temperature of 0.03, with the default method's dense statistics and with its own
+sequential ones) at one ratio, calibrated on the first windows of each text alone, and (``all``) on as many of all of
+them together. Sensitivities are measured on windows that seed 0 draws from the rest. Of a text named ``alpaca`` the last tenth is evaluated and the rest
 calibrates; one named ``ptb`` is joined by spaces. Writes ``results/crossed.json`` and ``results/crossed.md`` after
 every row; started again, it goes on with what is missing.
 """
@@ -30,7 +30,12 @@ from modegpt.profile import probe_windows
 from modegpt.sources import ModelSource
 from results_file import RESULTS, header, previous_rows, table, write
 
-METHODS: dict[str, dict[str, Any]] = {"greedy": {}, "modegpt": {"temperature": 0.03}}
+#: Method and statistics, and what else they are run with.
+METHODS: dict[tuple[str, str], dict[str, Any]] = {
+    ("greedy", "dense"): {},
+    ("modegpt", "dense"): {"temperature": 0.03},
+    ("modegpt", "sequential"): {"temperature": 0.03},
+}
 ALL = "all"
 
 
@@ -63,12 +68,14 @@ def main() -> None:
     for name, (windows, probe) in calibrations.items():
         engine = Engine(resident(model), windows, batch_size=1, probe=probe)
         with engine.active():
-            for method, options in METHODS.items():
-                if any((row["calibration"], row["method"]) == (name, method) for row in rows):
+            for (method, statistics), options in METHODS.items():
+                row = {"calibration": name, "method": method, "statistics": statistics, **options}
+                if any(other.items() >= row.items() for other in rows):
                     continue
-                config = CompressionConfig.validated(method=method, ratio=arguments.ratio, **options)
-                found = perplexities(engine.run(config).model, texts)
-                rows.append({"calibration": name, "method": method, **options, "perplexity": found})
+                config = CompressionConfig.validated(
+                    method=method, statistics=statistics, ratio=arguments.ratio, **options
+                )
+                rows.append({**row, "perplexity": perplexities(engine.run(config).model, texts)})
                 print(json.dumps(rows[-1]), flush=True)
                 write(results, arguments.output, text_of(results))
 
@@ -92,12 +99,13 @@ def calibration_windows(
 def text_of(results: dict[str, Any]) -> str:
     """The table: a line for each method and what calibrated it."""
     names = list(results["dense"])
-    lines = [["dense", "", *(f"{results['dense'][name]:.2f}" for name in names)]]
-    for method in METHODS:
-        own = [row for row in results["rows"] if row["method"] == method]
-        lines += [[method, row["calibration"], *(f"{row['perplexity'][name]:.2f}" for name in names)] for row in own]
+    lines = [["dense", "", "", *(f"{results['dense'][name]:.2f}" for name in names)]]
+    for kind in METHODS:
+        own = [row for row in results["rows"] if (row["method"], row["statistics"]) == kind]
+        own.sort(key=lambda row: list(results["calibration_sha256"]).index(row["calibration"]))
+        lines += [[*kind, row["calibration"], *(f"{row['perplexity'][name]:.2f}" for name in names)] for row in own]
     text = f"Perplexity, {results['ratio']:.0%} of the decoder blocks' parameters removed.\n\n"
-    return text + table(["method", "calibrated on", *names], lines)
+    return text + table(["method", "statistics", "calibrated on", *names], lines)
 
 
 if __name__ == "__main__":

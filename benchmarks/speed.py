@@ -44,6 +44,9 @@ WHAT = {
     "solving mlp": "solve: MLP",
     "solving qk": "solve: query-key",
     "solving vo": "solve: value-output",
+    "fitting mlp": "fit: MLP",
+    "fitting qk": "fit: query-key",
+    "fitting vo": "fit: value-output",
     "keeping the layer": "write",
     "passing on": "forward: pass on",
     "divergence": "predictions",
@@ -221,7 +224,7 @@ def command(arguments: argparse.Namespace) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The best round of each, in seconds and against the dense forward passes of the same round."""
+    """Of each the median over the rounds, in seconds and against the dense forward passes of the same round."""
     names = [name for name in results["rounds"][0] if name != "forward"]
     title = f"{results['model']}, {results['samples']} windows of {results['sequence_length']} tokens"
     lines = [

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmark_texts import default_model
+from benchmark_texts import default_model, weights_sha256
 from modegpt.bench import KIND, Load, Ratio, Speed, facts_of, measure
 from results_file import RESULTS, header, table, write
 
@@ -44,7 +44,10 @@ def main() -> None:
     results["machine"] |= facts["machine"]
     if arguments.device.startswith("cuda"):
         results["machine"]["gpu"] = facts["machine"]["device"]
-    results["models"] = [{**one, "model": Path(one["model"]).name} for one in facts["models"]]
+    results["models"] = [
+        {**one, "model": Path(address).name, "weights_sha256": weights_sha256(Path(address))}
+        for address, one in zip(addresses, facts["models"], strict=True)
+    ]
     write(results, arguments.output, text_of(speeds, load, arguments.dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import json
 import math
@@ -522,6 +523,8 @@ def test_speed_is_measured_of_all_checkpoints(
     load("throughput").main()
     results = json.loads((tmp_path / "throughput.json").read_text())
     assert [one["model"] for one in results["models"]] == [wider.name, "full-20"]
+    weights = (checkpoints[1] / "full-20" / "model.safetensors").read_bytes()
+    assert results["models"][1]["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     table = (tmp_path / "throughput.md").read_text()
     for row in results["models"][1]["rows"]:
         rate, (median, least, greatest) = row["prefill_tokens_per_second"], row["prefill_ratio"]
@@ -577,8 +580,10 @@ def test_texts_that_calibrate_against_texts_that_are_evaluated(
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     crossed.main()
     results = json.loads((tmp_path / "crossed.json").read_text())
-    assert [(row["method"], row["calibration"]) for row in results["rows"]] == [
-        (method, name) for name in ("one", "alpaca", "all") for method in ("greedy", "modegpt")
+    assert [(row["method"], row["statistics"], row["calibration"]) for row in results["rows"]] == [
+        (*kind, name)
+        for name in ("one", "alpaca", "all")
+        for kind in (("greedy", "dense"), ("modegpt", "dense"), ("modegpt", "sequential"))
     ]
     source = ModelSource(str(wider))
     config = CompressionConfig.validated(ratio=0.3, method="modegpt", temperature=0.03)
@@ -588,9 +593,9 @@ def test_texts_that_calibrate_against_texts_that_are_evaluated(
     assert results["calibration_sha256"]["alpaca"] == windows.sha256()
     held_out = first_windows(split_held_out(ids, 32)[1], 1, 32, what="alpaca")
     small = compress_model(source.model("float32"), windows, config).model
-    assert results["rows"][3]["perplexity"]["alpaca"] == pytest.approx(perplexity(small, held_out), rel=1e-4)
+    assert results["rows"][5]["perplexity"]["alpaca"] == pytest.approx(perplexity(small, held_out), rel=1e-4)
     table = (tmp_path / "crossed.md").read_text()
-    assert f"| modegpt | alpaca | {results['rows'][3]['perplexity']['alpaca']:.2f} |" in table
+    assert f"| modegpt | sequential | alpaca | {results['rows'][5]['perplexity']['alpaca']:.2f} |" in table
     assert str(tmp_path) not in table + (tmp_path / "crossed.json").read_text()
 
 

@@ -16,11 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 import modegpt
 from helpers import run_cli, tiny_tokenizer, token_windows
 from modegpt import inference
+from modegpt.engine import Engine
 from modegpt.exports.plain import PlainDecoder, check_plain
 from modegpt.exports.stock import stock_model
 from modegpt.families import check_family
 from modegpt.inference import infer_family
+from modegpt.layered import resident
+from modegpt.methods import SliceGPT
 from modegpt.modeling import FAMILIES
+from modegpt.results import Choice
 
 INFERRED = {
     "glm": {"rotary": "neighbours", "partial_rotary": True, "mlp_inputs": ("mlp.gate_up_proj",)},
@@ -185,6 +189,24 @@ def test_what_is_written_like_a_llama_can_be_exported_as_one(model_type: str) ->
         with torch.no_grad():
             logits = stock_model(PlainDecoder(model))(ids).logits
             torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("model_type", INFERRED)
+def test_what_is_written_like_a_llama_can_be_sliced(model_type: str) -> None:
+    config = tiny_config(model_type)
+    check_family(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = AutoModelForCausalLM.from_config(config).eval()
+    ids = token_windows(2, 24).ids
+    engine = Engine(resident(dense), token_windows(16), 4)
+    with engine.active(), torch.no_grad():
+        whole, narrow = (
+            engine.compress(SliceGPT(), Choice([{"stream": width}] * 2, [{}] * 2), sequential=True).model(ids).logits
+            for width in (32, 20)
+        )
+        torch.testing.assert_close(whole, dense(ids).logits, rtol=1e-4, atol=5e-5)
+        assert (narrow - whole).abs().max() > 1e-2
 
 
 def test_what_is_around_the_layers_has_to_be_a_llamas_too(monkeypatch: pytest.MonkeyPatch) -> None:

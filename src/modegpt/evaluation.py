@@ -54,19 +54,22 @@ class Predictions:
 
     def __init__(self, logits: torch.Tensor, batch: TokenWindows, positions: slice = EVERYWHERE) -> None:
         """Those of ``logits`` (B, n, vocabulary), at these ``positions`` of ``batch``."""
-        mask = torch.ones_like(batch.ids, dtype=torch.bool) if batch.mask is None else batch.mask
-        self._real = mask[:, positions].to(logits.device)
-        scores = logits[self._real].float().log_softmax(-1)
+        self._real = None if batch.mask is None else batch.mask[:, positions].to(logits.device)
+        scores = self._rows(logits).log_softmax(-1)
         self._shares = scores.exp()
         self._entropy = -torch.linalg.vecdot(self._shares, scores)
         self.count = len(scores)
 
     def divergence(self, logits: torch.Tensor) -> float:
         """The sum over the tokens of KL(p || q), q the distributions of other ``logits`` of the same positions."""
-        others = logits[self._real].float()
+        others = self._rows(logits)
         # -sum p log q = log sum exp(z) - sum p z: one exponential less over the vocabulary than log_softmax.
         cross = others.logsumexp(-1) - torch.linalg.vecdot(self._shares, others)
         return float((cross - self._entropy).sum(dtype=torch.float64))
+
+    def _rows(self, logits: torch.Tensor) -> torch.Tensor:
+        """Those after real tokens: no copy, which takes as long as half a softmax, where all are."""
+        return (logits.flatten(0, 1) if self._real is None else logits[self._real]).float()
 
 
 @torch.no_grad()

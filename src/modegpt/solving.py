@@ -122,6 +122,8 @@ class LayerSolver:
         solved: dict[Part, tuple[Tensors, Outcome]] = {}
         with self._own_randomness():
             for part, ladder in ladders.own.items():
+                if final:
+                    self._progress.detail(f"fitting {part[0]}" if part[1] is None else f"fitting expert {part[1]}")
                 ladders.seeded(part)
                 solution = ladder.final(rank[part[0]]) if final else ladder.at(rank[part[0]])
                 solved[part] = self._tensors(part, solution), Outcome.of(solution, ladder)
