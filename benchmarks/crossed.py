@@ -3,11 +3,11 @@ r"""What calibrates against what perplexity is measured on, as in table B.15 of 
     python benchmarks/crossed.py --train wikitext2=TRAIN.txt.gz ptb=PTB_TRAIN.txt.gz alpaca=ALPACA.jsonl.gz \
         --texts wikitext2=TEST.txt.gz ptb=PTB_TEST.txt.gz alpaca=ALPACA.jsonl.gz
 
-The default method and the paper's (at a temperature of 0.03, with the default method's dense statistics and with its own
-sequential ones) at one ratio, calibrated on the first windows of each text alone, and (``all``) on as many of all of
-them together. Sensitivities are measured on windows that seed 0 draws from the rest. Of a text named ``alpaca`` the last tenth is evaluated and the rest
-calibrates; one named ``ptb`` is joined by spaces. Writes ``results/crossed.json`` and ``results/crossed.md`` after
-every row; started again, it goes on with what is missing.
+The default method and the paper's (at a temperature of 0.03, with the default method's dense statistics and with its
+own sequential ones) at one ratio, calibrated on the first windows of each text alone, and (``all``) on as many of all
+of them together. Sensitivities are measured on windows that seed 0 draws from the rest. Of a text named ``alpaca`` the
+last tenth is evaluated and the rest calibrates; one named ``ptb`` is joined by spaces. Writes ``results/crossed.json``
+and ``results/crossed.md`` after every row; started again, it goes on with what is missing.
 """
 
 from __future__ import annotations
