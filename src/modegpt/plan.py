@@ -403,7 +403,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     if method.statistics and not dense_kept:
         phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     finish = sizes.layers * method.finish_flops(sizes, config.samples * window, kept)
-    phases.append(phase("solve", solve=solve, gram=finish))  # which is products of rows in float32 as well
+    phases.append(phase("solve", solve=solve, products=finish))
     if method.statistics and config.statistics == "sequential" and not method.one_pass:
         # The last layer's outputs are nobody's inputs.
         phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))

@@ -41,6 +41,8 @@ class Rates:
     solve: float
     head: float
     sample: float
+    products: float
+    """Of rows, in float32 (float64 for a model of that)."""
 
 
 def measured_rates(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype, kept: float) -> Rates:
@@ -63,6 +65,7 @@ def measured_rates(config: RunConfig, model: PreTrainedModel, dtype: torch.dtype
         / max(seconds["calibrate"] - seconds["forward"], seconds["forward"] / 100),
         solve=sum(method.solve_flops(module, sizes, kept) for module in method.modules) / seconds["solve"],
         head=window * head_flops(sizes.hidden, _VOCABULARY) / seconds["head"],
+        products=2 * window * sizes.hidden * sizes.intermediate / seconds["products"],
         sample=SAMPLED_AT_ONCE * (forward_flops(sizes, 1) + head_flops(sizes.hidden, _VOCABULARY)) / seconds["sample"],
     )
 
@@ -99,8 +102,15 @@ def _time_layer(
             with clock("head"):
                 list(runner.head(0, hidden))
             hidden.remove()
+    wide = torch.float64 if model.model.dtype == torch.float64 else torch.float32
+    rows, maps = (
+        torch.ones(shape, dtype=wide, device=config.device)
+        for shape in ((batch.ids.shape[1], sizes.hidden), (sizes.hidden, sizes.intermediate))
+    )
     with torch.no_grad():
         for _ in range(_TIMES):
+            with clock("products"):
+                rows @ maps
             with clock("sample"):
                 model.model(input_ids=batch.ids[0, :1].expand(SAMPLED_AT_ONCE, 1).to(model.model.device))
     statistics = replace(collector.result(Workers()), rows=None)  # what they are for is no part of the rate
