@@ -108,6 +108,8 @@ STEPS: tuple[tuple[tuple[str, ...], float, str, Any], ...] = (
     (("Type III", FINISH), OWN, "uniform", "auto"),
     (ALL, OWN, "uniform", "auto"),
     ((), PAPERS, "block-influence", 0.03),
+    ((), PAPERS, "block-influence-split", "auto"),
+    ((), PAPERS, "owl", "auto"),
     (ALL, OWN, "block-influence", 0.03),
     (ALL, OWN, "block-influence-split", 0.03),
     (ALL, OWN, "owl", "auto"),

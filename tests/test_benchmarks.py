@@ -232,6 +232,44 @@ def test_rows_that_cannot_be_measured_are_refused(
     assert message in f"{refusal.value}{capsys.readouterr().err}"
 
 
+def test_rows_are_those_of_models_made_alone(
+    quality: ModuleType,
+    texts: ModuleType,
+    wider: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ratios and rows share profiles, scores and statistics; started again, nothing is measured twice."""
+    names = ["greedy/dense/sensitivity", "modegpt/dense/block-influence/0.1", "modegpt/sequential/uniform"]
+    options = {"--model": wider, "--train": text_file, "--test": text_file, "--texts": f"ptb={text_file}"}
+    options |= {"--samples": 6, "--test-samples": 2, "--sequence-length": 32, "--output": tmp_path / "quality.json"}
+    words = [str(word) for option in options.items() for word in option]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *words, "--ratios", "0.2", "0.3", "--rows", *names])
+    quality.main()
+    written = (tmp_path / "quality.json").read_text()
+    rows = json.loads(written)["rows"]
+    assert ["/".join(str(row[kind]) for kind in quality.KINDS) for row in rows[::2]] == [
+        f"{name}/auto" if name.count("/") == 2 else name for name in names
+    ]
+    source = ModelSource(str(wider))
+    dense, tokenizer = source.model("float32"), source.tokenizer()
+    windows, probe, _ = texts.calibration_windows(str(text_file), dense, tokenizer, 6, 32)
+    judged = texts.evaluation_texts({"test": str(text_file), "ptb": str(text_file)}, tokenizer, 2, 32)
+    for row in rows:
+        config = CompressionConfig.validated(**{name: row[name] for name in (*quality.KINDS, "ratio")})
+        alone = compress_model(dense, windows, config, probe=probe)
+        assert row["perplexity"] == pytest.approx(perplexity(alone.model, judged["test"]), abs=1e-3)
+        assert row["texts"]["ptb"]["compressed"] == pytest.approx(perplexity(alone.model, judged["ptb"]), abs=1e-3)
+        assert row["texts"]["ptb"]["dense"] == pytest.approx(perplexity(dense, judged["ptb"]), abs=1e-3)
+        assert row["parameters"] == alone.model.num_parameters()
+        assert row["predicted_loss"] == pytest.approx(alone.choice.loss)
+        assert row["dense_forward_passes"] > 1
+    monkeypatch.setattr(quality.Run, "compress", None)
+    quality.main()
+    assert (tmp_path / "quality.json").read_text() == written
+
+
 @pytest.mark.parametrize("name", ["quality", "mixture"])
 def test_the_published_rows_make_the_published_table(quality: ModuleType, tmp_path: Path, name: str) -> None:
     published = json.loads((BENCHMARKS / f"results/{name}.json").read_text())

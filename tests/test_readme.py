@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -48,6 +49,30 @@ def test_quality_tables_are_quoted_from_the_results() -> None:
         found = [row["perplexity"], *(text["compressed"] for text in row.get("texts", {}).values())]
         shown = [f"{value:.2f}" if value < 1e4 else f"{value:.0e}" for value in found]
         assert all(value in table for value, table in zip(shown, tables, strict=False))
+
+
+def test_what_is_lost_beside_the_papers_method_is_that_of_the_results() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["rows"]
+
+    def lost(row: dict[str, Any], text: str) -> float:
+        if text == "test":
+            return math.log(row["perplexity"] / row["dense_perplexity"])
+        return math.log(row["texts"][text]["compressed"] / row["texts"][text]["dense"])
+
+    shares: dict[str, list[float]] = {}
+    for text, ratio in itertools.product(("test", "ptb", "alpaca", "novels"), (0.1, 0.2, 0.3, 0.4, 0.5)):
+        some = [row for row in rows if row["ratio"] == ratio and (text == "test" or text in row.get("texts", {}))]
+        (own,) = (row for row in some if (row["method"], row["allocation"]) == ("greedy", "sensitivity"))
+        assert all(lost(own, text) <= lost(row, text) for row in some)
+        best = min(lost(row, text) for row in some if row["method"] == "modegpt")
+        shares.setdefault(text, []).append(lost(own, text) / best)
+    own, others = shares.pop("test"), [share for one in shares.values() for share in one]
+    page = " ".join(README.split())
+    assert f"it loses {own[0]:.2f} (10 %) to {own[-1]:.2f} (50 %) of" in page
+    assert f"on the other texts {min(others):.2f} to {max(others):.2f} of" in page
+    page = " ".join((ROOT / "docs/mathematics.md").read_text(encoding="utf-8").split())
+    assert "it is {:.2f}, {:.2f} and {:.2f}".format(*own[1:4]) in page
+    assert f"on Penn Treebank it is {shares['ptb'][2]:.2f} and on novels {shares['novels'][2]:.2f}" in page
 
 
 def test_what_a_mixture_changes_is_quoted_from_the_results() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -60,14 +61,21 @@ def texts(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, torch.Tenso
     return split_held_out(tokenize(tokenizer, "\n\n".join(topics[name] for name in sorted(topics))), 512)
 
 
-@pytest.fixture(scope="module", params=["modegpt", "greedy"])
-def compressed(
-    request: pytest.FixtureRequest, dense: PreTrainedModel, texts: tuple[torch.Tensor, torch.Tensor]
-) -> PreTrainedModel:
+@pytest.fixture(scope="module")
+def both(dense: PreTrainedModel, texts: tuple[torch.Tensor, torch.Tensor]) -> dict[str, PreTrainedModel]:
+    """By the paper's method and by the default one."""
     windows = random_windows(texts[0], 8, 512, seed=0, what="test")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("modegpt.engine.PROBE_TOKENS", 512)  # of 2048, which would take most of the time
-        return modegpt.compress(dense, calibration=windows, ratio=0.3, method=request.param)
+        return {
+            method: modegpt.compress(dense, calibration=windows, ratio=0.3, method=method)
+            for method in ("modegpt", "greedy")
+        }
+
+
+@pytest.fixture(params=["modegpt", "greedy"])
+def compressed(request: pytest.FixtureRequest, both: dict[str, PreTrainedModel]) -> PreTrainedModel:
+    return both[request.param]
 
 
 def test_dequantised_model_is_an_ordinary_one(dense: PreTrainedModel, tmp_path: Path) -> None:
@@ -97,9 +105,17 @@ def test_the_ratio_is_met_and_the_model_still_predicts(
     if report.options["method"] == "modegpt":  # the automatic temperature
         assert max(layer.sparsity["mlp"] for layer in report.layers) <= 0.8 + 1e-6
 
+
+def test_the_default_loses_least_and_about_what_it_predicts(
+    dense: PreTrainedModel, both: dict[str, PreTrainedModel], texts: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     held_out = first_windows(texts[1], 3, 512, what="test")
-    before, after = (modegpt.perplexity(model, held_out) for model in (dense, compressed))
-    assert before < after < 5 * before
+    before = modegpt.perplexity(dense, held_out)
+    lost = {method: math.log(modegpt.perplexity(model, held_out) / before) for method, model in both.items()}
+    predicted = both["greedy"].compression_report.predicted_loss
+    assert 0 < lost["greedy"] < 0.8 * lost["modegpt"]
+    assert lost["modegpt"] < math.log(5)
+    assert 0.5 < lost["greedy"] / predicted < 2
 
 
 def test_it_comes_back_from_disk_bit_for_bit_and_generates(

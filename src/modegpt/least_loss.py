@@ -21,7 +21,7 @@ Interplay = Mapping[Part, float]
 _Step = tuple[float, int, Module, int]
 """Loss per parameter, layer, module, and its rank afterwards."""
 #: Rounds in which the weights of the parts settle; each moves half of the way, in logarithms.
-_ROUNDS = 12
+_ROUNDS = 11
 
 
 def part_of(module: Module) -> Part:
@@ -70,16 +70,17 @@ def ranks_from_losses(
     def weighted(step: _Step) -> tuple[float, _Step]:
         return step[0] * weights.get(part_of(step[2]), 1.0), step
 
-    found = best = descend()
-    least = math.inf
+    best = descend()
+    lost = losses_at(losses, best)
+    least = total_loss(lost, interplay)
     for _ in range(_ROUNDS if interplay else 0):
-        lost = losses_at(losses, found)
-        if (total := total_loss(lost, interplay)) < least:
-            best, least = found, total
         for part, own in by_part(lost).items():
             wanted = 1 + 2 * interplay.get(part, 0.0) * own
             weights[part] = math.sqrt(weights.get(part, 1.0) * wanted)
         found = descend()
+        lost = losses_at(losses, found)
+        if (total := total_loss(lost, interplay)) < least:
+            best, least = found, total
     return best
 
 

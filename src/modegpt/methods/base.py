@@ -45,14 +45,14 @@ _PROBED = 8
 
 @dataclass(frozen=True)
 class Solution(Generic[Weights]):
-    """One compressed module with the exact error of its compression on the calibration tokens."""
+    """One compressed module with the error of its compression on the calibration tokens."""
 
     weights: Weights
     error: float
     """The method's own objective: where not said otherwise, the squared Frobenius norm of the change of the module's
     output."""
     norm: float
-    """The same of losing the module altogether."""
+    """The same of losing the module altogether, without a ridge."""
     kept: torch.Tensor | None = None
     """Kept channels, (m',) or of every group (G, d_qk), where the method selects; None where it mixes."""
     pairs: torch.Tensor | None = None
@@ -76,7 +76,8 @@ class Ladder(Generic[Weights]):
     full: int
     at: Callable[[int], Solution[Weights]]
     errors: torch.Tensor | Callable[[], torch.Tensor] | None = None
-    """The objective at ranks 0, 1, ..., ``full``, where a method knows it for all of them: (full + 1,) float64."""
+    """The objective at ranks 0, 1, ..., ``full``, where a method knows it for all of them: (full + 1,) float64. At
+    rank 0 it is :attr:`Solution.norm`."""
     finish: Callable[[Solution[Weights]], Solution[Weights]] | None = None
     """What is worth its time once the rank is chosen; changes the weights of a solution of ``at``, not their shapes."""
 

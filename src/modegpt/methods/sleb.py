@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class SLEB(WholeLayers):
     """argmin_j L(model without the layers gone so far and j) goes, again and again; L is measured anew every time.
 
-    Song et al., arXiv 2402.09025 (algorithm 1). L is the mean negative log-likelihood of the next token, here over the
-    first calibration windows as sensitivities take them (about two thousand tokens), where the authors take all 128
-    windows: it only has to rank a model's layers.
+    Song et al., arXiv 2402.09025 (algorithm 1). L is the mean negative log-likelihood of the next token, here over
+    the windows that sensitivities are measured on (about two thousand tokens, which do not calibrate where the text has
+    others), where the authors take all 128 windows: it only has to rank a model's layers.
     """
 
     name = "sleb"
