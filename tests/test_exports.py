@@ -30,11 +30,16 @@ from transformers import (
 import modegpt
 from family_table import BY_NAME, YARN, rope
 from helpers import narrow_llama, rewrite, run_cli, tiny_llama, tiny_tokenizer, token_windows
+from modegpt.budget import LayerRanks
+from modegpt.engine import Engine
 from modegpt.errors import InvalidRequest
 from modegpt.exports.gguf_file import TYPES, write_gguf
 from modegpt.exports.gguf_tokenizer import tokenizer_fields
 from modegpt.exports.plain import LIKE_LLAMA, PlainDecoder, check_plain
 from modegpt.exports.stock import stock_model
+from modegpt.layered import resident
+from modegpt.methods import ModeGPT
+from modegpt.results import Choice
 from modegpt.sources import ModelSource
 
 PLAIN = [name for name, row in BY_NAME.items() if row.build().config.model_type in LIKE_LLAMA]
@@ -247,17 +252,28 @@ def test_matrices_have_the_type_that_was_asked_for(small: Path, tmp_path: Path, 
     assert float((found - wanted).abs().max() / wanted.abs().max()) < 2.0**-bits
 
 
-def test_layers_of_several_widths_are_another_architecture(small: Path, tmp_path: Path) -> None:
-    assert run_cli("export", small, "-o", tmp_path / "a.gguf", "--format", "gguf", "--type", "q8_0").code == 0
-    fields, tensors = read_gguf(tmp_path / "a.gguf")
-    widths = [layer.mlp.down_proj.in_features for layer in modegpt.load(small).model.layers]
-    padded = [-(-width // 32) * 32 for width in widths]
-    assert [int(tensors[f"blk.{index}.ffn_down.weight"].shape[0]) for index in range(3)] == padded
-    if len(set(padded)) > 1:
-        assert fields["general.architecture"] == "deci"
-        assert fields["deci.feed_forward_length"] == padded
-    else:
-        assert fields["general.architecture"] == "llama"
+@pytest.mark.parametrize(
+    ("widths", "written", "architecture", "said"),
+    [((40, 70, 100), [64, 96, 128], "deci", "64 to 128"), ((40, 50, 64), [64, 64, 64], "llama", "64")],
+)
+def test_layers_of_several_widths_are_another_architecture(
+    widths: tuple[int, ...], written: list[int], architecture: str, said: str, text_file: Path, tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer(text_file.read_text())
+    model = tiny_llama(vocab_size=len(tokenizer), intermediate_size=128, num_hidden_layers=3)
+    engine = Engine(resident(model), token_windows(8), 4)
+    with engine.active():
+        ranks = [LayerRanks(mlp=width, qk=4, vo=8) for width in widths]
+        small = engine.compress(ModeGPT(1e-4), Choice(ranks, [{} for _ in ranks]), sequential=False).model
+    modegpt.save(small, tmp_path / "small", tokenizer=tokenizer)
+    path = tmp_path / "a.gguf"
+    outcome = run_cli("export", tmp_path / "small", "-o", path, "--format", "gguf", "--type", "q8_0")
+    assert outcome.code == 0, outcome.err
+    assert f"MLPs of {said}, " in outcome.out
+    fields, tensors = read_gguf(path)
+    assert [int(tensors[f"blk.{index}.ffn_down.weight"].shape[0]) for index in range(3)] == written
+    assert fields["general.architecture"] == architecture
+    assert fields[f"{architecture}.feed_forward_length"] == (written if architecture == "deci" else written[0])
 
 
 # K-quants

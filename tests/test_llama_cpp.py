@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -11,15 +12,19 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modegpt
 from family_table import BY_NAME
 from helpers import narrow_llama, run_cli, tiny_llama, token_windows
 from llama_cpp import LLAMA_CPP, llama_cpp, next_token
 from modegpt.address import open_model
-from modegpt.exports.gguf_file import TYPES
+from modegpt.exports.gguf_file import TYPES, write_gguf
+from modegpt.exports.gguf_tokenizer import tokenizer_fields
+from modegpt.exports.plain import PlainDecoder
+from modegpt.families import check_family
 from modegpt.sources import ModelSource
+from test_inference import tiny_config
 
 PROMPTS = ("the model keeps the head of", "a decoder  layer\nreads 12 tokens", "Ünïcode is text, too: \N{SNOWMAN}!")
 
@@ -95,6 +100,15 @@ def with_norms(vocabulary: int, tied: bool = True, **options: Any) -> PreTrained
     return modegpt.compress(model, calibration=token_windows(16, 32), **{"ratio": 0.3, **options})
 
 
+def inferred(model_type: str, vocabulary: int) -> PreTrainedModel:
+    """Of a family that nobody described, compressed."""
+    config = tiny_config(model_type, vocabulary, intermediate_size=192)
+    check_family(config)
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    return modegpt.compress(dense, calibration=token_windows(16, 32), ratio=0.4)
+
+
 #: With the architecture of the file: of layers of several widths ``deci``, with norms of queries and keys ``openelm``.
 KINDS: dict[str, tuple[str, Callable[[int], PreTrainedModel]]] = {
     "narrow heads": ("llama", lambda count: narrow_llama(vocab_size=count)),
@@ -112,6 +126,12 @@ KINDS: dict[str, tuple[str, Callable[[int], PreTrainedModel]]] = {
     "qwen3, another head": ("qwen3", partial(with_norms, profile="gguf", tied=False)),
     "qwen3, several widths, another head": ("qwen3", partial(with_norms, modules="mlp,vo", tied=False)),
     "qwen3, several numbers of heads": ("openelm", partial(with_norms, method="obc", allocation="block-influence")),
+    "partial rotary embedding": ("deci", partial(smaller, "phi3-longrope")),
+    "helium": ("deci", partial(inferred, "helium")),
+    "ernie4_5": ("deci", partial(inferred, "ernie4_5")),
+    "cwm": ("deci", partial(inferred, "cwm")),
+    "biases for means": ("deci", partial(smaller, "llama-mha", method="flap")),
+    "fewer layers": ("llama", partial(smaller, "llama-gqa", method="shortgpt")),
     "llama3's rotary scaling": ("deci", partial(smaller, "llama-llama3")),
     "two thin maps": ("llama", partial(smaller, "llama-gqa", method="svd")),
 }
@@ -135,10 +155,27 @@ QUANTIZER = pytest.mark.skipif(
 )
 
 
+def assert_reads(file: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """llama.cpp's log-probabilities are those of a ``model`` with the weights of the ``file``.
+
+    But for what it rounds itself: what enters rounded matrices.
+    """
+    compared = 0
+    with llama_cpp(file) as server:
+        for prompt in PROMPTS:
+            ids = list(tokenizer(prompt)["input_ids"])
+            with torch.no_grad():
+                logprobs = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+            found = next_token(server, ids)
+            assert found == pytest.approx({one: float(logprobs[one]) for one in found}, abs=0.05)
+            compared += len(found)
+    assert compared > 5
+
+
 @LLAMA_CPP
 @pytest.mark.parametrize("kind", [*TYPES, *(pytest.param(kind, marks=QUANTIZER) for kind in ("q4_k_m", "q6_k"))])
 def test_llama_cpp_reads_all_types(engine: str, kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """With the weights of the file itself; llama.cpp rounds what enters these matrices as well."""
+    """With the weights of the file itself."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     model = tiny_llama(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, initializer_range=0.05)
     model.save_pretrained(tmp_path / "wide")
@@ -148,11 +185,23 @@ def test_llama_cpp_reads_all_types(engine: str, kind: str, tiny_checkpoint: Path
     assert outcome.code == 0, outcome.err
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert types["blk.0.attn_q.weight"] == kind.upper()[:4]
-    own = ModelSource(str(path)).model()
-    with llama_cpp(path) as server:
-        for prompt in PROMPTS:
-            ids = list(tokenizer(prompt)["input_ids"])
-            with torch.no_grad():
-                logprobs = own(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
-            found = next_token(server, ids)
-            assert found == pytest.approx({one: float(logprobs[one]) for one in found}, abs=0.05)
+    assert_reads(path, ModelSource(str(path)).model(), tokenizer)
+
+
+@LLAMA_CPP
+@pytest.mark.parametrize("kind", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_llama_cpp_reads_rounded_layers_of_several_widths(
+    engine: str, kind: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file's numbers stand for in a plain Llama, as benchmarks/quantised.py reads them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    rounded = importlib.import_module("quantised").rounded
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    dense = tiny_llama(vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, initializer_range=0.05)
+    small = modegpt.compress(dense, calibration=token_windows(16, 32), ratio=0.3)
+    path, fields = tmp_path / "x.gguf", tokenizer_fields(tokenizer, len(tokenizer))
+    write_gguf(path, PlainDecoder(small), kind, fields, "small")
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == "deci"
+    size, own = rounded(small, kind, fields)
+    assert size == path.stat().st_size
+    assert_reads(path, own, tokenizer)

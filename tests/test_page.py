@@ -199,6 +199,23 @@ def test_what_files_hold_is_text_and_nothing_else(made: Path, tmp_path: Path) ->
         assert f"<h2>{heading}</h2>" in text
 
 
+def test_models_that_were_not_evaluated_as_they_were_made_are_by_the_evaluation(made: Path, tmp_path: Path) -> None:
+    for name in ("greedy", "paper"):
+        shutil.copytree(made / name, tmp_path / name)
+        report = json.loads((tmp_path / name / "compression.json").read_text())
+        (tmp_path / name / "compression.json").write_text(json.dumps(report | {"perplexity": None, "evaluation": None}))
+    models = (tmp_path / "greedy", tmp_path / "paper")
+    _, without = page(tmp_path / "without.html", *models)
+    _, text = page(tmp_path / "with.html", *models, "--evaluation", made / "evaluation.json")
+    scores = json.loads((made / "evaluation.json").read_text())["models"]
+    dense, *own = [next(iter(one["texts"].values()))["perplexity"] for one in scores]
+    for name, value in zip(("greedy", "paper"), own, strict=True):
+        assert [row[0] for row in Cells(text).rows if row[-1] == f"{value:.2f} ({dense:.2f})"] == [name]
+        assert [row[-1] for row in Cells(without).rows if row[0] == name and len(row) == 5] == [""]
+    count = text.count("<svg") - without.count("<svg")
+    assert count == 1, "the curve"
+
+
 def test_texts_of_another_length_are_another_line(
     made: Path, tiny_checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -377,9 +394,13 @@ class Api:
     def __init__(self, token: str | None = None) -> None:
         self.token = token
         self.told: list[Any] = []
+        self.there = [".gitattributes"]
 
     def create_repo(self, repository: str, **options: Any) -> None:
         self.told.append((repository, options))
+
+    def list_repo_files(self, repository: str) -> list[str]:
+        return self.there
 
     def upload_folder(self, **options: Any) -> Any:
         self.told.append(options)
@@ -394,11 +415,34 @@ def test_a_checkpoint_is_pushed_with_all_that_it_needs(made: Path, monkeypatch: 
     (repository, made_with), upload = api.told
     assert (api.token, repository, made_with) == ("t", "me/greedy", {"private": True, "exist_ok": True})
     assert (upload["repo_id"], upload["folder_path"]) == ("me/greedy", made / "greedy")
-    assert upload["delete_patterns"] == list(hub.FILES), "of an earlier checkpoint in the same place"
+    assert upload["delete_patterns"] == []
     assert sorted(upload["allow_patterns"]) == sorted(path.name for path in (made / "greedy").iterdir())
     outcome = run_cli("push", made / "greedy", "me/greedy")
     assert outcome == Outcome(0, "Uploaded: https://hub/commit/1\n", "")
     assert apis[1].told[0] == ("me/greedy", {"private": False, "exist_ok": True})
+
+
+def test_of_what_is_there_a_push_takes_only_an_earlier_checkpoints_files_away(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hub's own rule, in whose patterns a star goes across folders."""
+    stale = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_old.py", "merges.txt"]
+    stale += ["model.safetensors", "additional_chat_templates/tools.jinja"]  # the first is uploaded anew
+    others = [
+        "LICENSE",
+        "notes.txt",
+        "train.py",
+        "adapter_model.safetensors",
+        "onnx/model.safetensors",
+        "runs/log.json",
+    ]
+    others += ["onnx/modeling_old.py", "results.json", "x/additional_chat_templates/a.jinja", ".gitattributes"]
+    api = Api()
+    api.there = [*stale, *others]
+    monkeypatch.setattr(hub, "HfApi", lambda token: api)
+    modegpt.push_to_hub(made / "greedy", "me/greedy")
+    patterns = api.told[1]["delete_patterns"]
+    assert sorted(filter_repo_objects(api.there, allow_patterns=patterns)) == sorted(stale)
 
 
 def files_in(directory: Path) -> list[str]:

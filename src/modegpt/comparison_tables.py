@@ -32,12 +32,21 @@ def text_table(scores: Sequence[ModelScores]) -> Table:
     """A row for every text, a column for every model, with the change from the first."""
     table = _table("Perplexity", ("text", ""), scores)
     for name, score in scores[0].texts.items():
-        first, *others = [one.texts[name].perplexity for one in scores]
-        shown = [f"{value:.3f}" if value < 1e4 else f"{value:.1e}" for value in (first, *others)]
-        changes = [f" ({value / first - 1:+.1%})" if value < 100 * first else "" for value in others]
-        shown = [f"{value}{change}" for value, change in zip(shown, ("", *changes), strict=True)]
-        table.add_row(escape(name), _windows(score), *shown)
+        found = [one.texts[name] for one in scores]
+        table.add_row(
+            escape(name), _windows(score), _perplexity(score), *(_perplexity(one, score) for one in found[1:])
+        )
     return table
+
+
+def _perplexity(score: TextScore, first: TextScore | None = None) -> str:
+    """With the change from the ``first`` model's, but where that reads the text as other tokens."""
+    value = score.perplexity
+    shown = f"{value:.3f}" if value < 1e4 else f"{value:.1e}"
+    if first is None or value >= 100 * first.perplexity:
+        return shown
+    change = f"{value / first.perplexity - 1:+.1%}" if score.sha256 == first.sha256 else "other tokens"
+    return f"{shown} ({change})"
 
 
 def task_table(scores: Sequence[ModelScores]) -> Table:

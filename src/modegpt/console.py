@@ -142,8 +142,7 @@ def export_line(facts: ExportFacts) -> str:
     line, plain = f"Exported: {facts.parameters:,} parameters", facts.plain
     if plain is None:
         return line
-    narrow, wide = (f"{width:,}" for width in (min(plain.widths), max(plain.widths)))
-    widths = wide if narrow == wide or facts.alike else f"{narrow} to {wide}"
+    widths = " to ".join(f"{width:,}" for width in sorted({min(facts.widths), max(facts.widths)}))
     return (
         f"{line} as {facts.exported:,} ({facts.exported / facts.parameters - 1:+.1%}), heads of {plain.head} channels, "
         f"MLPs of {widths}, the same model up to {plain.context:,} tokens"

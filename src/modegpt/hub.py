@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -12,6 +13,17 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 from .errors import CheckpointError, InvalidRequest
 from .report import CompressionReport
 
+#: Of an earlier checkpoint in the same place, what could be taken for a part of another one. All else there stays.
+STALE = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "modeling_*.py",
+    "spectra.json",
+    "chat_template.jinja",
+    f"{CHAT_TEMPLATE_DIR}/*.jinja",
+    *("added_tokens.json", "special_tokens_map.json", "merges.txt", "vocab.json", "vocab.txt", "tokenizer.model"),
+)
 #: What a checkpoint is: weights, configs, tokenizer with its named chat templates, code, report, card, licence.
 FILES = (
     "*.safetensors",
@@ -49,12 +61,13 @@ def push_to_hub(
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
+        there = api.list_repo_files(repository)
         done = api.upload_folder(
             repo_id=repository,
             folder_path=directory,
             commit_message=message,
             allow_patterns=_files(directory),
-            delete_patterns=list(FILES),  # those of an earlier checkpoint that this one has not
+            delete_patterns=[glob.escape(name) for name in there if _is_stale(name)],  # but for what is uploaded
         )
     except Exception as error:  # the hub, the network and the client each have errors of their own
         problem = " ".join(str(error).split()) or type(error).__name__
@@ -66,6 +79,11 @@ def _files(directory: Path) -> list[str]:
     """The names that are uploaded: none from other folders inside, which the hub's patterns would reach too."""
     found = {path for pattern in FILES for path in directory.glob(pattern) if path.is_file()}
     return [glob.escape(path.relative_to(directory).as_posix()) for path in sorted(found)]
+
+
+def _is_stale(name: str) -> bool:
+    """Whether the file ``name`` of a repository is one of :data:`STALE`, in the very folder that these name."""
+    return any(name.count("/") == one.count("/") and fnmatchcase(name, one) for one in STALE)
 
 
 def _shards(directory: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from .report import CompressionReport, RunFacts
 
 class _Text(BaseModel):
     perplexity: float
+    windows: int
     sequence_length: int
 
 
@@ -218,14 +219,13 @@ class Page:
             method = str(report.options.get("method"))
             row = [name, method, f"{report.block_parameters.removed:.1%}"]
             row += [millions(report.parameters.compressed)]
-            if report.perplexity and report.evaluation:
-                row.append(f"{report.perplexity.compressed:.2f} ({report.perplexity.dense:.2f})")
-                text = report.evaluation.source, report.evaluation.windows
-                own = points.setdefault((report.source, method, *text), [])
-                own += [
-                    (report.parameters.compressed / 1e6, report.perplexity.compressed),
-                    (report.parameters.dense / 1e6, report.perplexity.dense),
-                ]
+            for text, windows, compressed, dense in self._measured(one):
+                own = points.setdefault((report.source, method, text, windows), [])
+                own.append((report.parameters.compressed / 1e6, compressed))
+                row.append(f"{compressed:.2f}")
+                if dense is not None:
+                    own.append((report.parameters.dense / 1e6, dense))
+                    row[-1] += f" ({dense:.2f})"
             rows.append([*row, ""][:5])
         heads = ["", "method", "removed of the blocks", "million parameters", "perplexity (dense)"]
         several = len({source for source, *_ in points}) > 1
@@ -240,6 +240,21 @@ class Page:
         }
         plots = [size_plot(lines, predicted)] if lines or predicted else []
         return Section("Size", [Table(heads, rows)], plots, _PREDICTED if predicted else "")
+
+    def _measured(self, one: Checkpoint) -> Iterator[tuple[str, int, float, float | None]]:
+        """Texts, their windows and the perplexities of a checkpoint and of the dense model.
+
+        As it was made or, if it was not evaluated then, by the evaluations, where models have the names of directories.
+        """
+        own, text = one.report.perplexity, one.report.evaluation
+        if own and text:
+            yield text.source, text.windows, own.compressed, own.dense
+            return
+        for evaluation in self.evaluations:
+            scores = {Path(model.model).name: model.texts for model in evaluation.models}
+            dense = scores.get(Path(one.report.source).name, {})
+            for name, found in scores.get(one.name, {}).items():
+                yield name, found.windows, found.perplexity, dense[name].perplexity if name in dense else None
 
 
 _PREDICTED = "Predictions are for the text that the profile's sensitivities were measured on, see modegpt curve."

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, ModeGPTError
 from .local_tasks import LocalTasks
 from .progress import Progress
 
@@ -159,6 +159,8 @@ class LoadedTasks:
                     task_manager=_manager(),
                     **SEEDS,
                 )
+            except ModeGPTError:  # a ValueError, some of them
+                raise
             except (KeyError, IndexError, ValueError, TypeError) as error:  # the task's own code, on a row
                 message = " ".join(str(error).split())
                 raise InvalidRequest(f"--tasks: a row is none that its task expects: {message}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ from ..address import open_model
 from ..errors import InvalidRequest
 from ..files import existing_parent, storing
 from ..progress import Progress
-from .gguf_file import TYPES, check_gguf, write_gguf
+from .gguf_file import TYPES, check_gguf, gguf_widths, write_gguf
 from .gguf_tokenizer import strips, tokenizer_fields
 from .k_quants import K_QUANTS, check_quantizer
 from .onnx import check_onnx, onnx_dtype, write_onnx
-from .plain import PlainDecoder, PlainShape, alike_in_gguf, check_plain
+from .plain import PlainDecoder, PlainShape, check_plain
 from .stock import stock_model
 
 FORMATS = ("gguf", "stock", "onnx")
@@ -32,9 +32,9 @@ class ExportFacts:
     exported: int
     """With the zeros that the format asks for."""
     plain: PlainShape | None = None
-    """What its layers have become, where they had to become alike."""
-    alike: bool = False
-    """Whether all MLPs have become as wide as the widest."""
+    """What its heads have become, where they had to become alike."""
+    widths: Sequence[int] = ()
+    """Of the MLPs as they are written."""
 
 
 def export(
@@ -54,8 +54,8 @@ def export(
     ``pre_tokenizer`` is llama.cpp's name for how text is split, where it cannot be told. ``stock``: a directory with a
     plain ``LlamaForCausalLM`` or ``Qwen3ForCausalLM``.
     ``onnx``: a directory with a graph, of any family. All compute what the model does; where the first two's rules ask
-    for more channels, these are zeros. Raises :class:`InvalidRequest` before any weight is read for what cannot be
-    written.
+    for more channels, these are zeros. Raises :class:`InvalidRequest` before any weight is read for models, tokenizers
+    and options that do not go with the format, and before anything is written for layers that do not.
     """
     progress = progress or Progress()
     kind = kind.lower()
@@ -86,12 +86,13 @@ def export(
         plain = PlainDecoder(model)
         if fields is not None:
             count = write_gguf(output, plain, kind, fields, name)
-            return ExportFacts(own, count, plain.shape, alike_in_gguf(plain.shape.normed, plain.shape.tied))
+            return ExportFacts(own, count, plain.shape, gguf_widths(plain.shape))
         stock = stock_model(plain)
         with _directory(output) as staging:
             stock.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
-        return ExportFacts(own, sum(parameter.numel() for parameter in stock.parameters()), plain.shape, alike=True)
+        exported = sum(parameter.numel() for parameter in stock.parameters())
+        return ExportFacts(own, exported, plain.shape, [stock.config.intermediate_size])
 
 
 def _known_by(name: str, model_type: str, tokens: list[str], progress: Progress) -> str:

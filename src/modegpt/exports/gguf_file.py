@@ -99,6 +99,11 @@ def write_gguf(path: Path, plain: PlainDecoder, kind: str, fields: TokenizerFiel
     return counted[0]
 
 
+def gguf_widths(shape: PlainShape) -> list[int]:
+    """Of the MLPs of all layers in a file."""
+    return _Sizes.of(shape).widths
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """What a file says of its layers."""
