@@ -66,18 +66,17 @@ def main() -> None:
     results["rows"] = rows = previous_rows(arguments.output, results, results.keys() - {"machine"})
     results["dense"] = perplexities(model, texts)
     for name, (windows, probe) in calibrations.items():
-        engine = Engine(resident(model), windows, batch_size=1, probe=probe)
-        with engine.active():
-            for (method, statistics), options in METHODS.items():
-                row = {"calibration": name, "method": method, "statistics": statistics, **options}
-                if any(other.items() >= row.items() for other in rows):
-                    continue
-                config = CompressionConfig.validated(
-                    method=method, statistics=statistics, ratio=arguments.ratio, **options
-                )
-                rows.append({**row, "perplexity": perplexities(engine.run(config).model, texts)})
-                print(json.dumps(rows[-1]), flush=True)
-                write(results, arguments.output, text_of(results))
+        for (method, statistics), options in METHODS.items():
+            row = {"calibration": name, "method": method, "statistics": statistics, **options}
+            if any(other.items() >= row.items() for other in rows):
+                continue
+            config = CompressionConfig.validated(method=method, statistics=statistics, ratio=arguments.ratio, **options)
+            engine = Engine(resident(model), windows, batch_size=1, probe=probe)  # each keeps one method's statistics
+            with engine.active():
+                small = engine.run(config).model
+            rows.append({**row, "perplexity": perplexities(small, texts)})
+            print(json.dumps(rows[-1]), flush=True)
+            write(results, arguments.output, text_of(results))
 
 
 def calibration_windows(

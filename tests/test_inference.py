@@ -59,7 +59,7 @@ def tiny_config(model_type: str, vocabulary: int = 128, **settings: Any) -> PreT
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    return AutoConfig.for_model(model_type, **sizes, **settings)
+    return AutoConfig.for_model(model_type, **(sizes | settings))
 
 
 @pytest.mark.parametrize("model_type", INFERRED)
