@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    load = Load(arguments.batch_sizes, arguments.sequence_length, arguments.new_tokens, arguments.repeats)
+    load = Load(arguments.batch_sizes, [arguments.sequence_length], arguments.new_tokens, arguments.repeats)
     addresses = [arguments.dense, *arguments.compressed]
     speeds = measure(addresses, load, dtype=arguments.dtype, device=arguments.device)
     results: dict[str, Any] = header(parser, arguments, ("dense", "compressed", "output"))
@@ -67,9 +67,8 @@ def text_of(speeds: list[Speed], load: Load, dtype: str) -> str:
     text = "Millions of parameters, megabytes of weights, millions of multiplications per token (logits included), the "
     text += f"share of the maps' parameters in maps with a width that is no multiple of {KIND}.\n\n"
     text += table(["model", "parameters", "weights", "multiplications", f"not divisible by {KIND}"], sizes)
-    text += (
-        f"\nPrompts of {load.sequence_length} tokens, then {load.new_tokens} one by one, {dtype}; tokens per second, "
-    )
+    (length,) = load.sequence_lengths
+    text += f"\nPrompts of {length} tokens, then {load.new_tokens} one by one, {dtype}; tokens per second, "
     text += "times the dense model's speed (median of the repeats, least and greatest), milliseconds of one token.\n\n"
     lines = []
     for place, first in enumerate(speeds[0].timings):

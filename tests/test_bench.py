@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_arithmetic_is_that_of_all_maps_and_of_attention(kind: str) -> None:
 
 
 def test_cache_and_weights_are_those_of_the_model(tiny_checkpoint: Path, small: Path) -> None:
-    load = Load(batch_sizes=[3], sequence_length=10, new_tokens=5, repeats=2)
+    load = Load(batch_sizes=[3], sequence_lengths=[10], new_tokens=5, repeats=2)
     for address, speed in zip((tiny_checkpoint, small), measure([str(tiny_checkpoint), str(small)], load), strict=True):
         model = modegpt.load(address) if address == small else None
         model = model or type(tiny_llama()).from_pretrained(address)
@@ -67,7 +68,7 @@ def test_cache_and_weights_are_those_of_the_model(tiny_checkpoint: Path, small: 
 
 
 def test_the_same_model_again_needs_the_same_memory(tiny_checkpoint: Path) -> None:
-    load = Load(batch_sizes=[1, 2, 1], sequence_length=16, new_tokens=3, repeats=1)
+    load = Load(batch_sizes=[1, 2, 1], sequence_lengths=[16], new_tokens=3, repeats=1)
     first, second = measure([str(tiny_checkpoint)] * 2, load)
     peaks = [[timing.peak_bytes for timing in speed.timings] for speed in (first, second)]
     assert peaks[0] == peaks[1]
@@ -116,7 +117,7 @@ def test_models_take_turns(tiny_checkpoint: Path, small: Path, monkeypatch: pyte
 
     monkeypatch.setattr("modegpt.bench._run", run)
     monkeypatch.setattr("modegpt.bench._memory", lambda *_: (0, 0))
-    measure([str(tiny_checkpoint), str(small)], Load([1, 2], 4, 1, repeats=3))
+    measure([str(tiny_checkpoint), str(small)], Load([1, 2], [4], 1, repeats=3))
     turn = [type(tiny_llama()).__name__, type(modegpt.load(small)).__name__]
     assert order == [*turn, *turn[::-1], *turn] * 2  # so that a steady drift slows neither
 
@@ -129,13 +130,13 @@ def measured_batches(printed: str, name: str) -> list[str]:
 def test_a_batch_that_does_not_fit_is_left_out(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By prediction on a CPU: the batch of 16 is not begun, one of 4 is measured."""
     model = type(tiny_llama()).from_pretrained(tiny_checkpoint)
-    _, alone = _memory(model, torch.zeros(1, 8, dtype=torch.int64), Load([1], 8, 2))
+    _, alone = _memory(model, torch.zeros(1, 8, dtype=torch.int64), Load([1], [8], 2))
     free = SimpleNamespace(available=5 * alone)
     monkeypatch.setattr("modegpt.bench.psutil.virtual_memory", lambda: free)
     options = ("--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
     outcome = run_cli("bench", tiny_checkpoint, "--batch-sizes", "16,4", *options)
     assert outcome.code == 0, outcome.err
-    assert re.search(r"Batches of 16 are left out: about \S+ GB are needed and \S+ GB are free", outcome.err)
+    assert re.search(r"Batches of 16 prompts of 8 tokens are left out: about \S+ GB are needed and \S+ GB are free", outcome.err)
     assert measured_batches(outcome.out, tiny_checkpoint.name) == ["4", "4"]
     outcome = run_cli("bench", tiny_checkpoint, "--batch-sizes", "16,64", *options, "--quiet")
     assert (outcome.code, outcome.out) == (2, "")
@@ -154,7 +155,7 @@ def test_what_runs_out_of_memory_all_the_same_is_left_out(
     options = ("--batch-sizes", "2,3,4", "--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
     outcome = run_cli("bench", tiny_checkpoint, *options)
     assert outcome.code == 0, outcome.err
-    assert "Batches of 3 are left out: CUDA out of memory. Tried to allocate 2.00 GiB\n" in outcome.err
+    assert "Batches of 3 prompts of 8 tokens are left out: CUDA out of memory. Tried to allocate 2.00 GiB\n" in outcome.err
     assert measured_batches(outcome.out, tiny_checkpoint.name) == ["2", "4", "2", "4"]
 
 
@@ -193,7 +194,7 @@ def test_compiled_models_are_measured_as_such(
     assert len(calls) == 2 * runs * 3
     found = json.loads(path.read_text())
     assert found["settings"]["compile"] is True
-    plain = measure([str(tiny_checkpoint), str(small)], Load([1], 8, 2, 1))
+    plain = measure([str(tiny_checkpoint), str(small)], Load([1], [8], 2, 1))
     assert [one["macs_per_token"] for one in found["models"]] == [one.macs_per_token for one in plain]
 
 
@@ -218,8 +219,8 @@ def test_a_compiler_that_fails_is_one_line(tiny_checkpoint: Path, monkeypatch: p
 
 
 def test_rates_ratios_and_percentiles_of_known_seconds() -> None:
-    load = Load([2], sequence_length=10, new_tokens=4, repeats=3)
-    own = Timing(2, prefill=[1.0, 2.0, 4.0], steps=[[1.0] * 4, [2.0] * 4, [3.0] * 4])
+    load = Load([2], sequence_lengths=[10], new_tokens=4, repeats=3)
+    own = Timing(2, 10, prefill=[1.0, 2.0, 4.0], steps=[[1.0] * 4, [2.0] * 4, [3.0] * 4])
     assert own.speeds(load) == (2 * 10 / 2.0, 2 * 4 / 8.0)
     assert own.latencies() == [2.0, 3.0, 3.0]
     assert Ratio.of(own.prefill, [2.0, 3.0, 4.0]) == Ratio(1.5, 1.0, 2.0)
@@ -227,7 +228,7 @@ def test_rates_ratios_and_percentiles_of_known_seconds() -> None:
 
 def test_the_command_prints_and_keeps_all_numbers(tiny_checkpoint: Path, small: Path, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    options = ("--batch-sizes", "1,4", "--sequence-length", 16, "--new-tokens", 3, "--repeats", 2, "--threads", 1)
+    options = ("--batch-sizes", "1,4", "--sequence-length", "16,8", "--new-tokens", 3, "--repeats", 2, "--threads", 1)
     outcome = run_cli("bench", tiny_checkpoint, small, *options, "--output", path)
     assert outcome.code == 0, outcome.err
     facts = json.loads(path.read_text())
@@ -236,16 +237,18 @@ def test_the_command_prints_and_keeps_all_numbers(tiny_checkpoint: Path, small: 
     assert facts["settings"]["new_tokens"] == 3
     lines = [line.split() for line in outcome.out.splitlines()]
     for one in facts["models"]:
-        assert [row["batch_size"] for row in one["rows"]] == [1, 4]
-        for row in one["rows"]:
-            name, count = Path(one["model"]).name, row["batch_size"]
-            shown = next(line for line in lines if line[:2] == [str(count), name])
+        loads = [(row["sequence_length"], row["batch_size"]) for row in one["rows"]]
+        assert loads == [(16, 1), (16, 4), (8, 1), (8, 4)]
+        for load, row in zip(loads, one["rows"], strict=True):
+            name = Path(one["model"]).name
+            shown = next(line for line in lines if line[:3] == [*map(str, load), name])
             median, least, greatest = row["prefill_ratio"]
-            assert shown[2] == f"{row['prefill_tokens_per_second']:,.0f}"
-            assert shown[3:5] == [f"{median:.2f}", f"({least:.2f}-{greatest:.2f})"]
+            assert shown[3] == f"{row['prefill_tokens_per_second']:,.0f}"
+            assert shown[4:6] == [f"{median:.2f}", f"({least:.2f}-{greatest:.2f})"]
             seconds = row["seconds"]["prefill"]
             assert row["first_token_seconds"] == pytest.approx(sum(seconds) / 2)
-            others = next(other for other in facts["models"][0]["rows"] if other["batch_size"] == count)
+            assert row["prefill_tokens_per_second"] == pytest.approx(math.prod(load) / row["first_token_seconds"])
+            others = facts["models"][0]["rows"][loads.index(load)]
             ratios = [ours / own for ours, own in zip(others["seconds"]["prefill"], seconds, strict=True)]
             assert row["prefill_ratio"] == pytest.approx([sum(ratios) / 2, min(ratios), max(ratios)])
     assert facts["models"][0]["rows"][0]["decode_ratio"] == [1, 1, 1]
@@ -256,6 +259,8 @@ def test_the_command_prints_and_keeps_all_numbers(tiny_checkpoint: Path, small: 
     [
         (("--batch-sizes", "1,x"), "--batch-sizes '1,x': give whole numbers separated by commas"),
         (("--batch-sizes", "0"), "--batch-sizes 0: must be at least 1"),
+        (("--sequence-length", "16,8k"), "--sequence-length '16,8k': give whole numbers separated by commas"),
+        (("--sequence-length", "16,0"), "--sequence-length 0: must be at least 1"),
         (("--repeats", 0), "--repeats 0: must be at least 1"),
         (("--new-tokens", 0), "--new-tokens 0: must be at least 1"),
         (("--threads", 0), "--threads 0: must be at least 1"),

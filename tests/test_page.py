@@ -44,7 +44,7 @@ def made(tiny_checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPa
     models = (tiny_checkpoint, directory / "greedy", directory / "paper")
     texts = ("--perplexity", text_file, "--sequence-length", 32, "--samples", 2)
     assert run_cli("evaluate", *models, *texts, "-o", directory / "evaluation.json").code == 0
-    load = ("--batch-sizes", "1,2", "--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
+    load = ("--batch-sizes", "1,2", "--sequence-length", "8,4", "--new-tokens", 2, "--repeats", 1)
     assert run_cli("bench", *models, *load, "-o", directory / "bench.json").code == 0
     return directory
 
@@ -94,7 +94,7 @@ def test_all_that_is_known_of_several_models(made: Path, tmp_path: Path) -> None
     bench = json.loads((made / "bench.json").read_text())
     for one in bench["models"]:
         for row in one["rows"]:
-            at_once = f"{Path(one['model']).name}, {row['batch_size']} at once"
+            at_once = f"{Path(one['model']).name}, {row['batch_size']} at once, {row['sequence_length']} tokens"
             shown, latencies = [cell for cell in cells.rows if cell[0] == at_once]
             seconds = [row["first_token_seconds"], *row["token_seconds"].values()]
             assert latencies[1:5] == [f"{1000 * second:,.1f}" for second in seconds]

@@ -52,14 +52,14 @@ class Load:
     """
 
     batch_sizes: Sequence[int] = (1, 8)
-    sequence_length: int = 256
+    sequence_lengths: Sequence[int] = (256,)
     new_tokens: int = 32
     repeats: int = 5
 
     def __post_init__(self) -> None:
         least = {
             "batch-sizes": (min(self.batch_sizes, default=0), 1),
-            "sequence-length": (self.sequence_length, 1),
+            "sequence-length": (min(self.sequence_lengths, default=0), 1),
             "new-tokens": (self.new_tokens, 1),
             "repeats": (self.repeats, 1),
         }
@@ -69,15 +69,17 @@ class Load:
 
     @property
     def positions(self) -> int:
-        """Tokens of a sequence in all."""
-        return self.sequence_length + self.new_tokens
+        """Tokens of the longest sequence in all."""
+        return max(self.sequence_lengths) + self.new_tokens
 
 
 @dataclass
 class Timing:
-    """Seconds of one model with sequences of one number, a value for every repeat."""
+    """Seconds of one model with sequences of one number and length, a value for every repeat."""
 
     batch_size: int
+    sequence_length: int
+    """Of the prompts."""
     prefill: list[float] = field(default_factory=list)
     """Until the first token."""
     steps: list[list[float]] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Timing:
 
     def speeds(self, load: Load) -> tuple[float, float]:
         """Tokens of prompts, and new ones, in a second."""
-        prompt, further = self.batch_size * load.sequence_length, self.batch_size * load.new_tokens
+        prompt, further = self.batch_size * self.sequence_length, self.batch_size * load.new_tokens
         return prompt / self.first_token, further / statistics.median(self.decode)
 
     def latencies(self) -> list[float]:
@@ -116,7 +118,7 @@ class Speed:
     parameters: int
     weight_bytes: int
     macs_per_token: float
-    """Multiplications of matrix products and attention for each token of a prompt."""
+    """Multiplications of matrix products and attention for each token of the longest prompt."""
     dtype: str
     odd: float
     """The share of the linear maps' parameters in maps with a width that is no multiple of :data:`KIND`."""
@@ -131,6 +133,7 @@ class Speed:
             rows.append(
                 {
                     "batch_size": own.batch_size,
+                    "sequence_length": own.sequence_length,
                     "prefill_tokens_per_second": prompt,
                     "prefill_ratio": Ratio.of(own.prefill, other.prefill).facts(),
                     "decode_tokens_per_second": further,
@@ -220,7 +223,7 @@ def measure(
                 why = f"the models do not fit together: {_too_much(error)}; measure fewer at once"
                 raise InvalidRequest(why) from error
             progress.advance()
-    arithmetic = [macs_per_token(model, load.sequence_length) for model in models]
+    arithmetic = [macs_per_token(model, max(load.sequence_lengths)) for model in models]
     with _compiled(models) if compiled else nullcontext():
         timings = _timings(models, configs, load, progress)
     return [
@@ -256,21 +259,23 @@ def _compiled(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 def _timings(
     models: Sequence[PreTrainedModel], configs: Sequence[PreTrainedConfig], load: Load, progress: Progress
 ) -> list[list[Timing]]:
-    """Of every model, for each number of sequences that fits."""
+    """Of every model, for each length and number of sequences that fits."""
     found: list[list[Timing]] = []
-    with progress.phase("bench", len(load.batch_sizes) * (load.repeats + 1)):
-        progress.detail("memory of one sequence")
-        try:
-            alone = max(_memory(model, _prompts(configs, 1, load.sequence_length), load)[1] for model in models)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise InvalidRequest(f"one sequence of {load.positions} tokens does not fit: {_too_much(error)}") from error
-        for batch_size in load.batch_sizes:
-            progress.detail(f"batches of {batch_size}")
+    with progress.phase("bench", len(load.sequence_lengths) * len(load.batch_sizes) * (load.repeats + 1)):
+        for length in load.sequence_lengths:
+            progress.detail(f"memory of one sequence of {length}")
             try:
-                _check_memory(batch_size * alone, models[0].device)
-                found.append(_in_turn(models, _prompts(configs, batch_size, load.sequence_length), load, progress))
+                alone = max(_memory(model, _prompts(configs, 1, length), load)[1] for model in models)
             except (MemoryError, torch.OutOfMemoryError) as error:
-                progress.note(f"Batches of {batch_size} are left out: {_too_much(error)}")
+                tokens = length + load.new_tokens
+                raise InvalidRequest(f"one sequence of {tokens} tokens does not fit: {_too_much(error)}") from error
+            for batch_size in load.batch_sizes:
+                progress.detail(f"batches of {batch_size}")
+                try:
+                    _check_memory(batch_size * alone, models[0].device)
+                    found.append(_in_turn(models, _prompts(configs, batch_size, length), load, progress))
+                except (MemoryError, torch.OutOfMemoryError) as error:
+                    progress.note(f"Batches of {batch_size} prompts of {length} tokens are left out: {_too_much(error)}")
     if not found:
         raise InvalidRequest(f"--batch-sizes {','.join(map(str, load.batch_sizes))}: none fits in memory; use less")
     return [list(timings) for timings in zip(*found, strict=True)]
@@ -298,7 +303,7 @@ def _prompts(configs: Sequence[PreTrainedConfig], batch_size: int, length: int) 
 
 
 def _in_turn(models: Sequence[PreTrainedModel], ids: torch.Tensor, load: Load, progress: Progress) -> list[Timing]:
-    timings = [Timing(len(ids)) for _ in models]
+    timings = [Timing(*ids.shape) for _ in models]
     for model, timing in zip(models, timings, strict=True):  # not timed: warms up, and finds out about memory
         timing.cache_bytes, working = _memory(model, ids, load)
         timing.peak_bytes = weight_bytes(model) + working

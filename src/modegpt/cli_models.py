@@ -127,7 +127,7 @@ def _goes_with(needed: str, given: bool, options: dict[str, Any]) -> None:
 def bench(
     models: Models,
     batch_sizes: Annotated[str, typer.Option(help="Numbers of sequences, separated by commas.")] = "1,8",
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
+    sequence_length: Annotated[str, typer.Option(help="Lengths of prompts in tokens, separated by commas.")] = "256",
     new_tokens: Annotated[int, typer.Option(help="Tokens that follow the first one, one by one.")] = 32,
     repeats: Annotated[int, typer.Option(help="How often each model is measured, in turn with the others.")] = 5,
     threads: Annotated[int | None, typer.Option(help="Processor threads; by default PyTorch's choice.")] = None,
@@ -156,9 +156,8 @@ def bench(
     from .console import choose_progress
     from .errors import InvalidRequest
 
-    if not all(size.strip().isdecimal() for size in batch_sizes.split(",")):
-        raise InvalidRequest(f"--batch-sizes {batch_sizes!r}: give whole numbers separated by commas")
-    load = Load([int(size) for size in batch_sizes.split(",")], sequence_length, new_tokens, repeats)
+    sizes, lengths = _numbers("batch-sizes", batch_sizes), _numbers("sequence-length", sequence_length)
+    load = Load(sizes, lengths, new_tokens, repeats)
     file = _results_file(output, arguments)
     if threads is not None:
         if threads < 1:
@@ -176,6 +175,14 @@ def bench(
     if file is not None:
         file.write(facts_of(speeds, load))
     print_speeds(Console(), speeds, load)
+
+
+def _numbers(option: str, given: str) -> list[int]:
+    from .errors import InvalidRequest
+
+    if not all(one.strip().isdecimal() for one in given.split(",")):
+        raise InvalidRequest(f"--{option} {given!r}: give whole numbers separated by commas")
+    return [int(one) for one in given.split(",")]
 
 
 def report(

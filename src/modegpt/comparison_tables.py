@@ -84,9 +84,8 @@ def print_speeds(console: Console, speeds: Sequence[Speed], load: Load) -> None:
         count, macs = (f"{millions(one)} M" for one in (speed.parameters, speed.macs_per_token))
         table.add_row(escape(name), speed.dtype, count, _bytes(speed.weight_bytes), macs, f"{speed.odd:.0%}")
     console.print(table)
-    title = (
-        f"Prompts of {load.sequence_length} tokens, then {load.new_tokens} one by one; times as fast as the first model"
-    )
+    lengths = " or ".join(map(str, load.sequence_lengths))
+    title = f"Prompts of {lengths} tokens, then {load.new_tokens} one by one; times as fast as the first model"
     rates = ("prompt tokens/s", "times", "new tokens/s", "times")
     console.print(_by_load(title, rates, names, speeds, lambda own, first: _speed_cells(own, first, load)))
     latencies = [f"p{percent}" for percent in PERCENTILES]
@@ -101,14 +100,16 @@ def _by_load(
     speeds: Sequence[Speed],
     cells: Callable[[Timing, Timing], list[str]],
 ) -> Table:
-    """For each number of sequences a line for every model, with the ``cells`` of its timing and the first model's."""
+    """For each load a line for every model, with the ``cells`` of its timing and the first model's."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for head in ("sequences", "model", *heads):
+    several = len({timing.sequence_length for timing in speeds[0].timings}) > 1
+    for head in (*["tokens"] * several, "sequences", "model", *heads):
         table.add_column(head, justify="left" if head == "model" else "right", overflow="fold")
     for place, first in enumerate(speeds[0].timings):
         for name, speed in zip(names, speeds, strict=True):
             own = speed.timings[place]
-            table.add_row(str(own.batch_size), escape(name), *cells(own, first))
+            load = [str(own.sequence_length)] * several + [str(own.batch_size)]
+            table.add_row(*load, escape(name), *cells(own, first))
         table.add_section()
     return table
 

@@ -57,6 +57,7 @@ class Evaluation(BaseModel):
 
 class _Speeds(BaseModel):
     batch_size: int
+    sequence_length: int
     prefill_tokens_per_second: float
     prefill_ratio: tuple[float, float, float]
     decode_tokens_per_second: float
@@ -303,18 +304,20 @@ def _speed(bench: Bench, number: int) -> Section:
 
     names = _distinct([Path(one.model).name for one in bench.models])
     sizes, rates, latencies, bars = [], [], [], dict[str, dict[str, float]]()
+    several = len({row.sequence_length for one in bench.models for row in one.rows}) > 1
     for name, one in zip(names, bench.models, strict=True):
         weights = f"{one.weight_bytes / 1e6:,.1f} MB ({one.dtype})"
         sizes.append([name, f"{one.parameters / 1e6:,.1f} M", weights, f"{one.macs_per_token / 1e6:,.1f} M"])
         for row in one.rows:
-            at_once = f"{name}, {row.batch_size} at once"
+            load = f"{row.batch_size} at once" + f", {row.sequence_length} tokens" * several
+            at_once = f"{name}, {load}"
             cells = [f"{row.prefill_tokens_per_second:,.0f}", _ratio(row.prefill_ratio)]
             rates.append([at_once, *cells, f"{row.decode_tokens_per_second:,.1f}", _ratio(row.decode_ratio)])
             seconds = [row.first_token_seconds, *row.token_seconds.values()]
             memory = [f"{count / 1e6:,.1f} MB" for count in (row.cache_bytes, row.peak_bytes)]
             latencies.append([at_once, *(f"{1000 * one:,.1f}" for one in seconds), *memory])
             for kind, ratio in (("prompt", row.prefill_ratio), ("new tokens", row.decode_ratio)):
-                bars.setdefault(f"{kind}\n{row.batch_size} at once", {})[name] = ratio[0]
+                bars.setdefault(f"{kind}\n{load}", {})[name] = ratio[0]
     percentiles = [f"p{name}, ms" for name in next((row.token_seconds for one in bench.models for row in one.rows), {})]
     tables = [
         Table(["", "parameters", "weights", "multiplications per token"], sizes),
