@@ -136,7 +136,7 @@ def test_a_batch_that_does_not_fit_is_left_out(tiny_checkpoint: Path, monkeypatc
     options = ("--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
     outcome = run_cli("bench", tiny_checkpoint, "--batch-sizes", "16,4", *options)
     assert outcome.code == 0, outcome.err
-    assert re.search(r"Batches of 16 prompts of 8 tokens are left out: about \S+ GB are needed and \S+ GB are free", outcome.err)
+    assert re.search(r"Batches of 16 x 8 tokens are left out: about \S+ GB are needed and \S+ GB are free", outcome.err)
     assert measured_batches(outcome.out, tiny_checkpoint.name) == ["4", "4"]
     outcome = run_cli("bench", tiny_checkpoint, "--batch-sizes", "16,64", *options, "--quiet")
     assert (outcome.code, outcome.out) == (2, "")
@@ -155,7 +155,7 @@ def test_what_runs_out_of_memory_all_the_same_is_left_out(
     options = ("--batch-sizes", "2,3,4", "--sequence-length", 8, "--new-tokens", 2, "--repeats", 1)
     outcome = run_cli("bench", tiny_checkpoint, *options)
     assert outcome.code == 0, outcome.err
-    assert "Batches of 3 prompts of 8 tokens are left out: CUDA out of memory. Tried to allocate 2.00 GiB\n" in outcome.err
+    assert "Batches of 3 x 8 tokens are left out: CUDA out of memory. Tried to allocate 2.00 GiB\n" in outcome.err
     assert measured_batches(outcome.out, tiny_checkpoint.name) == ["2", "4", "2", "4"]
 
 

@@ -275,7 +275,7 @@ def _timings(
                     _check_memory(batch_size * alone, models[0].device)
                     found.append(_in_turn(models, _prompts(configs, batch_size, length), load, progress))
                 except (MemoryError, torch.OutOfMemoryError) as error:
-                    progress.note(f"Batches of {batch_size} prompts of {length} tokens are left out: {_too_much(error)}")
+                    progress.note(f"Batches of {batch_size} x {length} tokens are left out: {_too_much(error)}")
     if not found:
         raise InvalidRequest(f"--batch-sizes {','.join(map(str, load.batch_sizes))}: none fits in memory; use less")
     return [list(timings) for timings in zip(*found, strict=True)]
