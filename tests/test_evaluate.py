@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import modegpt
 from helpers import WORDS, Outcome, compress_arguments, run_cli, tiny_llama, tiny_tokenizer
 from modegpt.address import open_model
-from modegpt.comparison import Texts
+from modegpt.comparison import ModelScores, Texts, TextScore
+from modegpt.comparison_tables import text_table
 from modegpt.data import tokenize
 from modegpt.task_rows import files_of
 from modegpt.tasks import Tasks, TaskScore, degradation, mean
@@ -473,6 +474,25 @@ def test_without_the_harness_one_line_says_what_to_install(models: tuple[Path, P
         outcome = run_cli("evaluate", models[0], "--tasks", "piqa")
     assert (outcome.code, outcome.out) == (2, "")
     assert "pip install lm-eval" in outcome.err
+
+
+def test_what_the_model_refuses_is_not_blamed_on_a_row(
+    models: tuple[Path, Path], questions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise modegpt.InvalidRequest("the model takes no such text")
+
+    monkeypatch.setattr("modegpt.task_model.TaskModel.loglikelihood", refuse)
+    outcome = run_cli("evaluate", models[0], "--tasks", "piqa", "--task-data", questions[0])
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (2, "modegpt: the model takes no such text")
+
+
+def test_perplexities_of_other_tokens_are_not_compared() -> None:
+    """A model with another tokenizer predicts other, fewer or more, things."""
+    texts = [("dense", 10.0, "x"), ("small", 11.0, "x"), ("other", 11.0, "y")]
+    table = text_table([ModelScores(name, {"t": TextScore(ppl, 1, 8, None, sha)}) for name, ppl, sha in texts])
+    shown = [next(iter(column.cells)) for column in table.columns[2:]]
+    assert shown == ["10.000", "11.000 (+10.0%)", "11.000 (other tokens)"]
 
 
 @pytest.mark.skipif("MODEGPT_TASK_DATA" not in os.environ, reason="MODEGPT_TASK_DATA names no directory of real tasks")
