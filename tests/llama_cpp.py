@@ -32,6 +32,12 @@ def next_token(server: Any, prompt: str | list[int]) -> dict[int, float]:
     return {one["id"]: one["logprob"] for one in logprobs["content"][0]["top_logprobs"]} if logprobs else {}
 
 
+def following(server: Any, prompt: str, count: int) -> list[int]:
+    """The ``count`` tokens that follow, greedily."""
+    request = {"prompt": prompt, "max_tokens": count, "temperature": 0, "n_probs": 1}
+    return [one["id"] for one in server.handle_completions(request)["choices"][0]["logprobs"]["content"]]
+
+
 def answer(server: Any, messages: list[dict[str, str]], count: int) -> str:
     """What follows on a chat in the file's own template, greedily."""
     request = {"messages": messages, "max_tokens": count, "temperature": 0}
