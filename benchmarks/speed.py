@@ -35,8 +35,8 @@ from modegpt.progress import Progress
 from modegpt.report import peak_memory, versions
 from modegpt.sources import ModelSource
 from modegpt.statistics import GramSum
+from results_file import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 WHAT = {
     "reading the layer": "load",
     "block influence": "forward: scores",

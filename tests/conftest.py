@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,18 @@ torch.set_num_threads(1)
 os.environ["HF_HUB_OFFLINE"] = "1"
 for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True)
+def forget_what_is_inferred() -> Iterator[None]:
+    """No test depends on which families another one has inferred."""
+    yield
+    from modegpt import inference
+    from modegpt.modeling import FAMILIES
+
+    inference._INFERRED.clear()
+    for name in [name for name, family in FAMILIES.items() if family.inferred]:
+        del FAMILIES[name]
 
 
 @pytest.fixture(scope="session")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import modegpt
 from helpers import run_cli, tiny_tokenizer, token_windows
-from modegpt import inference
 from modegpt.engine import Engine
 from modegpt.exports.plain import PlainDecoder, check_plain
 from modegpt.exports.stock import stock_model
@@ -32,15 +30,6 @@ INFERRED = {
     "ernie4_5": {"rotary": "neighbours"},
     "cwm": {},
 }
-
-
-@pytest.fixture(autouse=True)
-def forget_what_is_inferred() -> Iterator[None]:
-    """No test depends on what another one has inferred."""
-    yield
-    inference._INFERRED.clear()
-    for name in [name for name, family in FAMILIES.items() if family.inferred]:
-        del FAMILIES[name]
 
 
 def tiny_config(model_type: str, vocabulary: int = 128, **settings: Any) -> PreTrainedConfig:
@@ -60,6 +49,16 @@ def tiny_config(model_type: str, vocabulary: int = 128, **settings: Any) -> PreT
         "eos_token_id": 1,
     }
     return AutoConfig.for_model(model_type, **(sizes | settings))
+
+
+def tiny_model(model_type: str, vocabulary: int = 128, **settings: Any) -> PreTrainedModel:
+    """A random model of :func:`tiny_config`, whose family is inferred."""
+    config = tiny_config(model_type, vocabulary, **settings)
+    check_family(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
 
 
 @pytest.mark.parametrize("model_type", INFERRED)
@@ -126,10 +125,8 @@ def test_checkpoints_of_inferred_families_load_in_other_processes(
     model_type: str, tmp_path: Path, text_file: Path
 ) -> None:
     tokenizer = tiny_tokenizer(text_file.read_text())
-    config = tiny_config(model_type, len(tokenizer))
-    torch.manual_seed(0)
     dense, output = tmp_path / "dense", tmp_path / "small"
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(dense)
+    tiny_model(model_type, len(tokenizer)).save_pretrained(dense)
     tokenizer.save_pretrained(dense)
     options = ("--calibration", text_file, "--samples", 8, "--sequence-length", 32, "--quiet")
     outcome = run_cli("compress", dense, "--ratio", 0.3, "--output", output, *options)
@@ -163,8 +160,7 @@ with torch.no_grad():
 def test_a_checkpoint_with_a_made_up_description_is_refused(tmp_path: Path, text_file: Path) -> None:
     """What ``compressed_family`` says is data from outside: it can name only what the stock model has."""
     tokenizer = tiny_tokenizer(text_file.read_text())
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config("helium", len(tokenizer)))
+    model = tiny_model("helium", len(tokenizer))
     small = modegpt.compress(model, tokenizer, ratio=0.3, calibration=str(text_file), samples=8, sequence_length=32)
     modegpt.save(small, tmp_path / "small", tokenizer=tokenizer)
     file = tmp_path / "small" / "config.json"
@@ -178,11 +174,7 @@ def test_a_checkpoint_with_a_made_up_description_is_refused(tmp_path: Path, text
 
 @pytest.mark.parametrize("model_type", INFERRED)
 def test_what_is_written_like_a_llama_can_be_exported_as_one(model_type: str) -> None:
-    config = tiny_config(model_type)
-    check_family(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        dense = AutoModelForCausalLM.from_config(config).eval()
+    dense = tiny_model(model_type)
     for model in (dense, modegpt.compress(dense, calibration=token_windows(8, 32), ratio=0.3)):
         check_plain(model.config)
         ids = token_windows(2, 24).ids
@@ -193,12 +185,7 @@ def test_what_is_written_like_a_llama_can_be_exported_as_one(model_type: str) ->
 
 @pytest.mark.parametrize("model_type", INFERRED)
 def test_what_is_written_like_a_llama_can_be_sliced(model_type: str) -> None:
-    config = tiny_config(model_type)
-    check_family(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        dense = AutoModelForCausalLM.from_config(config).eval()
-    ids = token_windows(2, 24).ids
+    dense, ids = tiny_model(model_type), token_windows(2, 24).ids
     engine = Engine(resident(dense), token_windows(16), 4)
     with engine.active(), torch.no_grad():
         whole, narrow = (

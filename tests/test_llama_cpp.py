@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modegpt
 from family_table import BY_NAME
@@ -22,9 +22,8 @@ from modegpt.address import open_model
 from modegpt.exports.gguf_file import TYPES, write_gguf
 from modegpt.exports.gguf_tokenizer import tokenizer_fields
 from modegpt.exports.plain import PlainDecoder
-from modegpt.families import check_family
 from modegpt.sources import ModelSource
-from test_inference import tiny_config
+from test_inference import tiny_model
 
 PROMPTS = ("the model keeps the head of", "a decoder  layer\nreads 12 tokens", "Ünïcode is text, too: \N{SNOWMAN}!")
 
@@ -102,10 +101,7 @@ def with_norms(vocabulary: int, tied: bool = True, **options: Any) -> PreTrained
 
 def inferred(model_type: str, vocabulary: int) -> PreTrainedModel:
     """Of a family that nobody described, compressed."""
-    config = tiny_config(model_type, vocabulary, intermediate_size=192)
-    check_family(config)
-    torch.manual_seed(0)
-    dense = AutoModelForCausalLM.from_config(config).eval()
+    dense = tiny_model(model_type, vocabulary, intermediate_size=192)
     return modegpt.compress(dense, calibration=token_windows(16, 32), ratio=0.4)
 
 

@@ -49,7 +49,8 @@ def push_to_hub(
     """Upload the compressed checkpoint in ``directory`` to ``repository`` ("name/model"), which is made if need be.
 
     With its modeling code, so that it loads there by ``trust_remote_code=True`` alone, and its model card. ``token`` is
-    the one that ``hf auth login`` left where not given. Returns the address. Raises :class:`CheckpointError` and
+    the one that ``hf auth login`` left where not given. Of an earlier checkpoint there, weights, code and tokenizer
+    files that this one has not are deleted; all else stays. Returns the address. Raises :class:`CheckpointError` and
     :class:`InvalidRequest` for what is no whole checkpoint, and where the hub refuses.
     """
     directory = Path(directory)

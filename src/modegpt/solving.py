@@ -110,7 +110,7 @@ class LayerSolver:
         own = {}
         with self._own_randomness():
             for part in (part for part in parts if owners[part] == self._workers.rank):
-                self._progress.detail(f"solving {part[0]}" if part[1] is None else f"solving expert {part[1]}")
+                self._progress.detail(f"solving {_name_of(part)}")
                 seeded(part)
                 own[part] = self.ladder(part, method, layer, statistics)
         return LayerLadders(index, owners, own, seeded, statistics.expert_tokens)
@@ -123,7 +123,7 @@ class LayerSolver:
         with self._own_randomness():
             for part, ladder in ladders.own.items():
                 if final:
-                    self._progress.detail(f"fitting {part[0]}" if part[1] is None else f"fitting expert {part[1]}")
+                    self._progress.detail(f"fitting {_name_of(part)}")
                 ladders.seeded(part)
                 solution = ladder.final(rank[part[0]]) if final else ladder.at(rank[part[0]])
                 solved[part] = self._tensors(part, solution), Outcome.of(solution, ladder)
@@ -203,6 +203,11 @@ class LayerSolver:
 
     def _heads(self, layer: nn.Module) -> HeadShape:
         return HeadShape.of(layer, self._dense.model.config, self._family)
+
+
+def _name_of(part: Part) -> str:
+    """For those who wait."""
+    return part[0] if part[1] is None else f"expert {part[1]}"
 
 
 def _parts(layer: nn.Module, family: Family, modules: Sequence[Module]) -> list[Part]:
