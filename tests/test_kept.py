@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from family_table import BY_NAME
 from helpers import tiny_llama
 from modegpt.config import CompressionConfig
 from modegpt.data import TokenWindows
+from modegpt.decompositions import elimination, greedy_elimination, regularised
 from modegpt.engine import Engine
 from modegpt.errors import CheckpointError
 from modegpt.kept import PROFILE_FILE, KeptOnDisk, open_kept, packed, unpacked
@@ -103,3 +106,49 @@ def test_compression_from_kept_statistics_is_that_which_calibrates_again(method:
     for name, tensor in from_memory.model.state_dict().items():
         assert torch.equal(tensor, from_disk.model.state_dict()[name])
         torch.testing.assert_close(tensor, fresh.model.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_eliminations_come_back_and_are_known_again_by_their_matrix() -> None:
+    given = statistics(40, single=True)
+    output = torch.randn(40, 8, dtype=torch.float64)
+    matrix = regularised(given["mlp"], 1e-2)
+    every = (greedy_elimination(matrix, output), greedy_elimination(2 * matrix, output))
+    found = unpacked(packed(replace(given, eliminations=every)))
+    assert found.sums.keys() == given.sums.keys()
+    for mine, theirs in zip(every, found.eliminations, strict=True):
+        assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in vars(mine))
+    rounded = regularised(found["mlp"], 1e-2)
+    assert [one.is_of(rounded) for one in found.eliminations] == [True, False]
+    assert not found.eliminations[0].is_of(regularised(found["mlp"], 1.1e-2))
+    assert not found.eliminations[0].is_of(rounded[:-1, :-1])
+    assert unpacked(packed(given)).eliminations == ()
+
+
+@pytest.mark.parametrize("method", ["greedy", "obc"])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_channels_are_eliminated_once(method: str, family: str) -> None:
+    """The choice of ranks and the compression share it; another ridge has one of its own."""
+    model = BY_NAME[family].build()
+    windows = TokenWindows(torch.randint(0, 128, (12, 24), generator=torch.Generator().manual_seed(1)))
+    options = {"ratio": 0.3, "method": method, "allocation": "sensitivity", "statistics": "dense"}
+    config = CompressionConfig.validated(**options, modules=("mlp",))
+    eliminate, sizes = elimination.greedy_elimination, []
+
+    def counted(matrix: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        if named["width"] == 1:  # not of heads
+            sizes.append(len(matrix))
+        return eliminate(matrix, *arguments, **named)
+
+    with patch.object(elimination, "greedy_elimination", counted):
+        engine = Engine(resident(model), windows, 3)
+        with engine.active():
+            once = engine.run(config)
+            modules = model.config.num_hidden_layers * getattr(model.config, "num_local_experts", 1)
+            assert len(sizes) == modules
+            with patch.object(elimination.Elimination, "is_of", return_value=False):
+                twice = engine.run(config)
+            assert len(sizes) == 2 * modules
+            engine.run(config.model_copy(update={"ridge": 2 * config.ridge}))
+            assert len(sizes) == 3 * modules
+    for name, tensor in once.model.state_dict().items():
+        torch.testing.assert_close(tensor, twice.model.state_dict()[name], rtol=1e-4, atol=1e-6)

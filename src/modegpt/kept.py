@@ -6,6 +6,7 @@ the others. So a directory with it is whole.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
+from .decompositions import Elimination
 from .errors import CheckpointError
 from .files import replace_file, sha256_of, storing
 from .results import Profile
@@ -21,6 +23,8 @@ from .statistics import LayerStatistics, panels
 PROFILE_FILE = "profile.json"
 #: What else a layer's file holds; names of sums have a panel's number after a dot, or none.
 _TOKENS, _RESOLUTION, _EXPERT_TOKENS, _ROWS = "tokens", "resolution", "expert_tokens", "mlp_rows"
+#: Of eliminations every field, one line for each: "elimination.order" and so on.
+_ELIMINATION = "elimination"
 
 
 def packed(statistics: LayerStatistics) -> dict[str, torch.Tensor]:
@@ -37,6 +41,9 @@ def packed(statistics: LayerStatistics) -> dict[str, torch.Tensor]:
         result[_EXPERT_TOKENS] = torch.tensor(statistics.expert_tokens)
     if statistics.rows is not None:
         result[_ROWS] = statistics.rows.cpu()
+    for field in fields(Elimination) if statistics.eliminations else ():
+        every = [getattr(one, field.name) for one in statistics.eliminations]
+        result[f"{_ELIMINATION}.{field.name}"] = torch.stack(every).cpu()
     for name, total in statistics.sums.items():
         if total.dim() < 2 or total.shape[-1] != total.shape[-2] or not torch.equal(total, total.mT):
             result[name] = total.to("cpu", dtype)
@@ -51,7 +58,7 @@ def unpacked(tensors: dict[str, torch.Tensor]) -> LayerStatistics:
     sums: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         whole, _, number = name.partition(".")
-        if name in (_TOKENS, _RESOLUTION, _EXPERT_TOKENS, _ROWS):
+        if whole in (_TOKENS, _RESOLUTION, _EXPERT_TOKENS, _ROWS, _ELIMINATION):
             continue
         if not number:
             sums[whole] = tensor.double()
@@ -64,7 +71,9 @@ def unpacked(tensors: dict[str, torch.Tensor]) -> LayerStatistics:
         sums[whole][..., panel.start :, panel] = tensor.mT
     routed = tuple(tensors[_EXPERT_TOKENS].tolist()) if _EXPERT_TOKENS in tensors else None
     tokens, resolution, rows = int(tensors[_TOKENS]), float(tensors[_RESOLUTION]), tensors.get(_ROWS)
-    return LayerStatistics(cast(Any, sums), tokens, resolution, routed, rows)
+    named = [tensors[name] for field in fields(Elimination) if (name := f"{_ELIMINATION}.{field.name}") in tensors]
+    eliminations = tuple(Elimination(*one) for one in zip(*named, strict=True))
+    return LayerStatistics(cast(Any, sums), tokens, resolution, routed, rows, eliminations=eliminations)
 
 
 class Kept:

@@ -371,6 +371,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     method = METHODS[config.method].from_config(config)
     parts = {module: sizes.experts if module == "mlp" else 1 for module in method.modules}
     solve = sizes.layers * sum(count * method.solve_flops(module, sizes, kept) for module, count in parts.items())
+    known = sizes.layers * sum(count * method.kept_flops(module, sizes) for module, count in parts.items())
     head = 2 * head_flops(sizes.hidden, shape.vocabulary)
 
     def phase(name: str, **flops: float) -> PhasePlan:
@@ -403,7 +404,7 @@ def _phases(config: RunConfig, shape: Shape, rates: Rates | None) -> list[PhaseP
     if method.statistics and not dense_kept:
         phases.append(phase("calibrate", forward=tokens * dense, gram=gram))
     finish = sizes.layers * method.finish_flops(sizes, config.samples * window, kept)
-    phases.append(phase("solve", solve=solve, products=finish))
+    phases.append(phase("solve", solve=solve - known if dense_kept else solve, products=finish))
     if method.statistics and config.statistics == "sequential" and not method.one_pass:
         # The last layer's outputs are nobody's inputs.
         phases.append(phase("pass on", forward=tokens * thin * (sizes.layers - 1) / sizes.layers))

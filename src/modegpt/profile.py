@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,8 +97,9 @@ class Profiler:
                         hidden.complete(index + 1)
                     engine.dense.prefetch(index + 1)
                     ladders = self._solver.ladders(index, self._method, layer, statistics, seed)
+                    found = self._solver.eliminations(ladders)
                     if engine.workers.first:
-                        engine.kept.put(index, statistics)
+                        engine.kept.put(index, replace(statistics, eliminations=found))
                     del statistics
                     curves.append(self._solver.curves(ladders))
                     self._pass_on(index, layer, ladders)

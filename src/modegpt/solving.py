@@ -12,7 +12,7 @@ from torch import nn
 
 from .budget import LayerGeometry, LayerRanks, Module
 from .costs import Sizes, spread
-from .decompositions import with_pseudo_tokens
+from .decompositions import Elimination, with_pseudo_tokens
 from .errors import NumericalError
 from .layered import LayeredModel
 from .layout import HeadShape, expert_count, map_paths
@@ -154,6 +154,15 @@ class LayerSolver:
                 raise NumericalError(f"layer {ladders.index}, {part[0]}: NaN or infinite errors; try a larger --ridge")
             curves[part[0]] = curves[part[0]] + curve if part[0] in curves else curve
         return curves
+
+    def eliminations(self, ladders: LayerLadders) -> tuple[Elimination, ...]:
+        """That of the MLP's channels, or of every expert's, on every worker; none where the method has none."""
+        found = []
+        for part, owner in ladders.owners.items():
+            if part[0] == "mlp":
+                own = ladders.own[part].elimination if part in ladders.own else None
+                found.append(self._workers.tensors(None if own is None else vars(own), owner, self._dense.device))
+        return tuple(Elimination(**one) for one in found if one)
 
     def _own_randomness(self) -> Any:
         device = self._dense.device

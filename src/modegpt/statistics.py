@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .data import TokenWindows
+from .decompositions import Elimination
 from .families import is_capped
 from .layout import HeadShape, expert_count, intermediate_size, is_gated, query_key_value
 from .logits import attended, logit_features
@@ -159,6 +160,9 @@ class LayerStatistics:
     model's dtype. Of gated MLPs only, not of experts, and where asked for."""
     passed: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
     """What becomes of the ``rows`` at the channels it is given, see :func:`through_mlp`; None without these."""
+    eliminations: tuple[Elimination, ...] = ()
+    """That of the MLP's channels, or of every expert's, where it was found before: it takes longer than all else that
+    follows from the sums."""
 
     def __getitem__(self, name: Statistic) -> torch.Tensor:
         """One of the sums; raises ``KeyError`` where it was not asked for."""
@@ -176,7 +180,8 @@ class LayerStatistics:
     def of_expert(self, expert: int) -> LayerStatistics:
         """The same with the MLP correlation and the tokens of one expert."""
         assert self.expert_tokens is not None
-        return replace(self.with_mlp(self["mlp"][expert]), tokens=self.expert_tokens[expert], expert_tokens=None)
+        own, known = self.with_mlp(self["mlp"][expert]), self.eliminations[expert : expert + 1]
+        return replace(own, tokens=self.expert_tokens[expert], expert_tokens=None, eliminations=known)
 
     def with_mlp(self, gram: torch.Tensor) -> LayerStatistics:
         """The same with another MLP correlation."""

@@ -6,7 +6,7 @@ Orientation follows the paper: rows are tokens and a linear map is ``y = x W``.
 """
 
 from .cr import CRDecomposition, channel_scores, couples, cr_decomposition
-from .elimination import Elimination, greedy_elimination, refit, regularised, unit_channels
+from .elimination import Elimination, eliminated, greedy_elimination, refit, regularised, unit_channels
 from .experts import weight_energies, with_pseudo_tokens
 from .fluctuation import fluctuation, mean_contribution, standardised
 from .gated import GatedFit, GatedRows, gated_fit
@@ -38,6 +38,7 @@ __all__ = [
     "channel_scores",
     "couples",
     "cr_decomposition",
+    "eliminated",
     "energy_bases",
     "fluctuation",
     "gated_fit",

@@ -18,6 +18,7 @@ several channels ZipLM, arXiv 2302.04089). For one channel i the cost is ||W_i||
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ from .linalg import cholesky_of_copy, cholesky_of_psd, solve_psd
 BLOCK = 32
 #: The inverse is made smaller when fewer than this share of its units are left.
 _COMPACT = 0.8
+#: Diagonals that differ less are of one matrix: some steps of float32.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class Elimination:
     """(n - 1,) int64, the first to go first."""
     errors: torch.Tensor
     """J after the first 0, 1, ..., n - 1 of them: (n,) float64."""
+    diagonal: torch.Tensor
+    """Of A, by which it is known again: (m,) float64."""
+
+    def is_of(self, matrix: torch.Tensor) -> bool:
+        """Whether it is that of ``matrix`` A, which may have been rounded to float32 since."""
+        own = matrix.diagonal()
+        return own.shape == self.diagonal.shape and torch.allclose(own, self.diagonal, rtol=_SAME, atol=0.0)
 
     def kept(self, rank: int) -> torch.Tensor:
         """The ``rank`` units that stay longest, ascending."""
@@ -93,7 +103,14 @@ def greedy_elimination(matrix: torch.Tensor, output: torch.Tensor, block: int = 
             names, weights = names[alive], weights[staying]
             inverse = inverse[staying][:, staying]
             alive = torch.ones(left, dtype=torch.bool, device=matrix.device)
-    return Elimination(torch.cat(order) if order else names[:0], torch.cat(costs).cumsum(0))
+    gone_first = torch.cat(order) if order else names[:0]
+    return Elimination(gone_first, torch.cat(costs).cumsum(0), matrix.diagonal().clone())
+
+
+def eliminated(matrix: torch.Tensor, output: torch.Tensor, known: Sequence[Elimination], width: int = 1) -> Elimination:
+    """That of A among the ``known``, otherwise :func:`greedy_elimination`."""
+    found = next((one for one in known if one.is_of(matrix)), None)
+    return greedy_elimination(matrix, output, width=width) if found is None else found
 
 
 def unit_channels(units: torch.Tensor, width: int) -> torch.Tensor:

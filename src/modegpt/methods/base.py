@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from .. import costs
 from ..budget import MODULES, LayerGeometry, Module, average_sparsity, head_geometry, layer_geometry
+from ..decompositions import Elimination
 from ..modeling import Family
 from ..statistics import LayerStatistics, Statistic
 from ..weights import Factors, HeadWeights, MLPWeights, QueryKeyWeights, ValueOutputWeights
@@ -80,6 +81,8 @@ class Ladder(Generic[Weights]):
     rank 0 it is :attr:`Solution.norm`."""
     finish: Callable[[Solution[Weights]], Solution[Weights]] | None = None
     """What is worth its time once the rank is chosen; changes the weights of a solution of ``at``, not their shapes."""
+    elimination: Elimination | None = None
+    """What all ranks follow from, where it is worth being kept, see :attr:`LayerStatistics.eliminations`."""
 
     def final(self, rank: int) -> Solution[Weights]:
         """The solution at ``rank``, finished."""
@@ -157,6 +160,10 @@ class Method(ABC):
     def solve_flops(self, module: Module, sizes: costs.Sizes, kept: float) -> float:
         """Operations to solve one ``module`` (or one expert) of a layer, keeping the share ``kept``."""
         return costs.solve_flops(module, sizes, kept)
+
+    def kept_flops(self, module: Module, sizes: costs.Sizes) -> float:
+        """Those of :meth:`solve_flops` whose result is kept with the statistics, see :attr:`Ladder.elimination`."""
+        return 0.0
 
     def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
         """Operations on the rows of a layer that was calibrated on so many ``tokens``, see :meth:`Ladder.final`."""

@@ -16,9 +16,9 @@ from ..decompositions import (
     alternating_fit,
     balance,
     channel_scores,
+    eliminated,
     energy_bases,
     gated_fit,
-    greedy_elimination,
     group_bases,
     kept_coefficients,
     logit_ladder,
@@ -84,6 +84,10 @@ class Greedy(Ridged, ChannelMethod):
         scores = costs.factor_flops(sizes.intermediate)  # of the paper's choice
         return costs.elimination_flops(sizes) + scores + 2 * costs.refit_flops(sizes, kept)
 
+    def kept_flops(self, module: Module, sizes: costs.Sizes) -> float:
+        """The elimination."""
+        return costs.elimination_flops(sizes) if module == "mlp" else 0.0
+
     def finish_flops(self, sizes: costs.Sizes, tokens: int, kept: float) -> float:
         """The second fit of the MLP."""
         return costs.gated_fit_flops(sizes, tokens, kept) if kept <= WORTH else 0.0
@@ -92,7 +96,7 @@ class Greedy(Ridged, ChannelMethod):
         """:mod:`modegpt.decompositions.elimination`, or Algorithm 1's channels."""
         gram, output = statistics["mlp"], weights.output
         profile = weight_energies(weights.inputs).clamp_min(DEAD)
-        result = greedy_elimination(regularised(gram, self.ridge, profile), output)
+        result = eliminated(regularised(gram, self.ridge, profile), output, statistics.eliminations)
         norm = float((output * (gram @ output)).sum())
 
         def at(rank: int) -> Solution[MLPWeights]:
@@ -106,7 +110,9 @@ class Greedy(Ridged, ChannelMethod):
             return Solution(weights.select(kept, fitted), error, norm, kept)
 
         errors = rising(result.errors, norm)
-        return Ladder(len(output), at, errors, lambda solution: self.finished_mlp(solution, statistics, profile))
+        return Ladder(
+            len(output), at, errors, lambda solution: self.finished_mlp(solution, statistics, profile), result
+        )
 
     def finished_mlp(
         self, solution: Solution[MLPWeights], statistics: LayerStatistics, profile: torch.Tensor

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .. import costs
 from ..budget import Module
-from ..decompositions import greedy_elimination, refit, regularised, unit_channels
+from ..decompositions import Elimination, eliminated, refit, regularised, unit_channels
 from ..statistics import LayerStatistics
 from ..weights import HeadWeights, MLPWeights
 from .base import HeadMethod, Ladder, Ridged, Solution, rising
@@ -40,15 +42,19 @@ class OBC(Ridged, HeadMethod):
             return costs.solve_flops(module, sizes, kept)
         return costs.elimination_flops(sizes) + costs.refit_flops(sizes, kept)
 
+    def kept_flops(self, module: Module, sizes: costs.Sizes) -> float:
+        """The elimination of the MLP's channels."""
+        return costs.elimination_flops(sizes) if module == "mlp" else 0.0
+
     def mlp(self, weights: MLPWeights, statistics: LayerStatistics) -> Ladder[MLPWeights]:
         """A structure is one channel."""
-        ladder = _Eliminated(statistics["mlp"], weights.output, 1, self.ridge)
+        ladder = _Eliminated(statistics["mlp"], weights.output, 1, self.ridge, statistics.eliminations)
 
         def at(rank: int) -> Solution[MLPWeights]:
             kept, fitted, error = ladder.at(rank)
             return Solution(weights.select(kept, fitted), error, ladder.norm, kept)
 
-        return Ladder(len(weights.output), at, ladder.errors)
+        return Ladder(len(weights.output), at, ladder.errors, elimination=ladder.result)
 
     def heads(self, weights: HeadWeights, statistics: LayerStatistics) -> Ladder[HeadWeights]:
         """A structure is a key-value head with its queries, keys, values and outputs."""
@@ -68,15 +74,17 @@ class OBC(Ridged, HeadMethod):
 class _Eliminated:
     """Which units of an output map (m, d), ``width`` channels each, stay at every rank, and what they are fitted to."""
 
-    def __init__(self, gram: torch.Tensor, output: torch.Tensor, width: int, ridge: float) -> None:
+    def __init__(
+        self, gram: torch.Tensor, output: torch.Tensor, width: int, ridge: float, known: Sequence[Elimination] = ()
+    ) -> None:
         self._gram, self._output, self._width, self._ridge = gram, output, width, ridge
-        self._result = greedy_elimination(regularised(gram, ridge), output, width=width)
+        self.result = eliminated(regularised(gram, ridge), output, known, width)
         self.norm = float((output * (gram @ output)).sum())
-        self.errors = rising(self._result.errors, self.norm)
+        self.errors = rising(self.result.errors, self.norm)
 
     def at(self, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
         """The units that stay (rank,), their part of the output map (rank * width, d), and the error."""
-        kept = self._result.kept(rank)
+        kept = self.result.kept(rank)
         if rank * self._width == len(self._output):
             return kept, self._output, 0.0
         matrix = regularised(self._gram, self._ridge)  # made again: of many experts, all would be held at once
