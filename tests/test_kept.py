@@ -75,6 +75,7 @@ def test_a_directory_is_a_profile_once_it_is_finished_and_as_long_as_it_is_whole
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="damaged"):
         open_kept(tmp_path)
+    assert open_kept(tmp_path, whole=False).profile == PROFILE
     file.write_bytes(content)
     (tmp_path / PROFILE_FILE).write_text((tmp_path / PROFILE_FILE).read_text()[:-20])
     with pytest.raises(CheckpointError, match="damaged"):

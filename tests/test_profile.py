@@ -10,8 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import modegpt
+from family_table import BY_NAME
 from helpers import run_cli, tiny_llama
 from modegpt.budget import (
     MODULES,
@@ -61,13 +63,24 @@ def divergence(dense: Any, other: Any, data: TokenWindows) -> float:
 @pytest.mark.parametrize("padded", [False, True])
 @patch.object(Ladder, "final", lambda ladder, rank: ladder.at(rank))  # what is finished is of chosen ranks alone
 def test_sensitivities_are_those_of_models_with_one_module_compressed(method: str, padded: bool) -> None:
-    model, probe = tiny_llama(), windows(3, seed=2, padded=padded)
+    check_sensitivities(tiny_llama(), method, windows(3, seed=2, padded=padded))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3"])
+@patch.object(Ladder, "final", lambda ladder, rank: ladder.at(rank))
+def test_sensitivities_of_experts_and_of_normed_queries(family: str) -> None:
+    """Of which all experts of a layer, as one module, or pairs that are chosen and not turned."""
+    check_sensitivities(BY_NAME[family].build(), "greedy", windows(3, seed=2))
+
+
+def check_sensitivities(model: PreTrainedModel, method: str, probe: TokenWindows) -> None:
+    """A profile's divergences are those of whole models, each with only one module compressed, or a part's."""
     config = CompressionConfig.validated(ratio=0.3, method=method, allocation="sensitivity")
     engine = Engine(resident(model), windows(), 3, probe=probe)
     with engine.active():
         profile = engine.profile(config)
         full = [whole(layer) for layer in engine.geometry(METHODS[method].from_config(config))]
-        for index, module in itertools.product(range(3), METHODS[method].modules):
+        for index, module in itertools.product(range(len(full)), METHODS[method].modules):
             found = profile.layers[index][module]
             assert found.full == full[index][module]
             assert abs(found.probed - found.full / 2) <= 0.5
@@ -83,7 +96,8 @@ def test_sensitivities_are_those_of_models_with_one_module_compressed(method: st
         assert list(profile.together) == list(parts_of(METHODS[method].modules))
         for part, modules in parts_of(METHODS[method].modules).items():
             probed = [
-                LayerRanks(**{name: profile.layers[index][name].probed for name in modules}) for index in range(3)
+                LayerRanks(**{name: profile.layers[index][name].probed for name in modules})
+                for index in range(len(full))
             ]
             ranks = [rank | some for rank, some in zip(full, probed, strict=True)]
             choice = Choice(ranks, [{} for _ in ranks])
@@ -288,6 +302,22 @@ def test_the_budget_is_met_by_the_smallest_steps_not_the_smallest_units(thousand
     assert abs(gone - thousandths / 1000 * 2 * one.parameters) <= 20
 
 
+def test_what_is_left_of_a_budget_is_shared_among_the_layers() -> None:
+    """Half a step of many experts is as much as a quarter of one layer's values, which cost most here."""
+    modules: dict[Module, ModuleGeometry] = {
+        "mlp": ModuleGeometry(1024, 5000, multiple=8),
+        "vo": ModuleGeometry(128, 740),
+    }
+    layers = [LayerGeometry(modules, 1024 * 5000 + 128 * 740)] * 12
+    cheap, dear = (torch.linspace(loss, 0, full + 1, dtype=torch.float64) for loss, full in ((1, 1024), (1e6, 128)))
+    losses: list[dict[Module, torch.Tensor]] = [{"mlp": (index + 1) * cheap, "vo": dear} for index in range(12)]
+    for parameters in (24 * 40_000 + 12_000, 24 * 40_000 + 19_000):
+        found = ranks_from_losses(layers, losses, parameters / (12 * layers[0].parameters), 1)
+        kept = sum(shape.parameters_at(rank[name]) for rank in found for name, shape in modules.items())
+        assert abs(12 * layers[0].parameters - kept - parameters) <= 370
+        assert min(rank["vo"] for rank in found) >= 125
+
+
 def test_only_the_modules_asked_for_lose_anything_and_too_much_is_refused() -> None:
     losses = [{"qk": one["qk"]} for one in random_losses(1, convex=True)]
     for rank in ranks_from_losses(LAYERS, losses, 0.1, 1):
@@ -370,6 +400,9 @@ def test_noise_where_nothing_is_lost_says_nothing_of_ranks_below() -> None:
     assert dead.faint
     losses = Profile([{"mlp": plain}, {"mlp": dead}], 10.0).losses()[1]["mlp"]
     assert losses.tolist() == pytest.approx([0.9, 0.4, 0.0, 0.0, 0.0])
+    only = Profile([{"mlp": dead, "vo": plain}, {"mlp": dead, "vo": plain}], 10.0).losses()[1]["mlp"]
+    assert only.tolist() == pytest.approx([0.9, 0.4, 0.0, 0.0, 0.0])  # no other of its type to go by
+    assert not Profile([{"mlp": dead}], 10.0).losses()[0]["mlp"].any()
     nothing = ModuleProfile(4, [0.0] * 5, 2, 1e-4)
     assert not nothing.faint
     assert not nothing.losses().any()

@@ -65,6 +65,14 @@ class ModuleGeometry:
         upper = min(lower + step, self.full)
         return lower if units - lower <= upper - units else upper
 
+    def taking(self, units: float, wanted: float, align: int, *, limited: bool) -> int:
+        """The allowed rank nearest to ``units`` less ``wanted`` parameters, which can be negative.
+
+        Where ``limited``, of no more than a step or a small share of all units.
+        """
+        room = max(self.step(align), _TAKEN * self.full) if limited else self.full
+        return self.nearest(units - min(max(wanted / self.unit_parameters, -room), room), align)
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
@@ -246,21 +254,18 @@ def ranks_from_sparsity(
         for module in [*(module for module in shares if module != finest), finest]:
             geometry = layer.modules[module]
             ideal, step = (1 - shares[module]) * geometry.full, geometry.step(align)
-            missing = carry / geometry.unit_parameters
-            room = max(step, _TAKEN * geometry.full)
-            taken = missing if module == coarsest and abs(missing) >= step / 2 else 0.0
+            due = module == coarsest and abs(carry) >= step * geometry.unit_parameters / 2
             if module == finest:
-                taken = min(max(missing, -room), room)
-            kept[module] = geometry.nearest(ideal + taken, align)
+                kept[module] = geometry.taking(ideal, -carry, align, limited=True)
+            else:
+                kept[module] = geometry.taking(ideal, -carry if due else 0.0, align, limited=False)
             carry += (1 - shares[module]) * geometry.parameters - geometry.parameters_at(kept[module])
         units.append(kept)
     for place, limited in ((0, True), (0, False), (1, False), (2, False), (0, False)):
         for layer, shares, kept in reversed(list(zip(layers, sparsity, units, strict=True))):
             for module in from_finest(layer, shares, align)[place : place + 1]:
                 geometry, before = layer.modules[module], kept[module]
-                missing = carry / geometry.unit_parameters
-                room = max(geometry.step(align), _TAKEN * geometry.full) if limited else geometry.full
-                kept[module] = geometry.nearest(before + min(max(missing, -room), room), align)
+                kept[module] = geometry.taking(before, -carry, align, limited=limited)
                 carry -= geometry.parameters_at(kept[module]) - geometry.parameters_at(before)
     return [ranks_of(kept) for kept in units]
 

@@ -52,7 +52,7 @@ def predicted_curve(directory: Path, align: int = 1) -> Curve:
     :class:`modegpt.results.ModuleProfile` and :meth:`modegpt.results.Profile.interplay`. Raises
     :class:`CheckpointError` for what is no profile.
     """
-    origin, kept = Origin.read(directory), open_kept(directory)
+    origin, kept = Origin.read(directory), open_kept(directory, whole=False)
     profile = kept.profile
     assert profile is not None
     try:

@@ -114,7 +114,8 @@ class _Content(BaseModel):
 class KeptOnDisk(Kept):
     """In ``directory``, where an earlier run may have finished it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, whole: bool = True) -> None:
+        """Without ``whole`` what is known of the layers' files is not compared with them."""
         super().__init__()
         self._directory = directory
         self._files: dict[int, _File] = {}
@@ -123,7 +124,7 @@ class KeptOnDisk(Kept):
         except (OSError, ValidationError):
             return
         self._files = dict(enumerate(content.layers))
-        if all(self._intact(index) for index in self._files):
+        if not whole or all(self._intact(index) for index in self._files):
             self.profile = content.profile
 
     def put(self, index: int, statistics: LayerStatistics) -> None:
@@ -152,9 +153,12 @@ class KeptOnDisk(Kept):
         return file.is_file() and file.stat().st_size == record.bytes and sha256_of(file) == record.sha256
 
 
-def open_kept(directory: Path) -> KeptOnDisk:
-    """The finished profile in ``directory``; raises :class:`CheckpointError` where it is missing or damaged."""
-    kept = KeptOnDisk(directory)
+def open_kept(directory: Path, *, whole: bool = True) -> KeptOnDisk:
+    """The finished profile in ``directory``; raises :class:`CheckpointError` where it is missing or damaged.
+
+    Without ``whole`` the layers' statistics, which can be many gigabytes, are not looked at.
+    """
+    kept = KeptOnDisk(directory, whole=whole)
     if kept.profile is None:
         raise CheckpointError(
             f"{str(directory)!r} holds no profile, or a damaged one, or one of another version of modegpt; "

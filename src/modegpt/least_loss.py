@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -159,20 +160,22 @@ def _down(
         kept[index][module] = rank
         if last:
             break
-    for index, module in _takers(layers, modules, kept, align):  # less than half a step of the last module is left
-        shape, before = layers[index].modules[module], kept[index][module]
-        rank = shape.nearest(before - wanted / shape.unit_parameters, align)
-        wanted -= shape.parameters_at(before) - shape.parameters_at(rank)
-        kept[index][module] = rank
+    for places in _takers(layers, modules, kept, align):  # less than half a step of the last module is left
+        for limited, (index, module) in itertools.product((True, False), places):
+            shape, before = layers[index].modules[module], kept[index][module]
+            rank = shape.taking(before, wanted, align, limited=limited)
+            wanted -= shape.parameters_at(before) - shape.parameters_at(rank)
+            kept[index][module] = rank
     return [ranks_of(ranks) for ranks in kept]
 
 
 def _takers(
     layers: Sequence[LayerGeometry], modules: Sequence[Module], kept: Sequence[Mapping[Module, int]], align: int
-) -> list[tuple[int, Module]]:
-    """What takes up the rest of a budget, in order: every layer's modules from the finest, what is whole last."""
+) -> tuple[list[tuple[int, Module]], list[tuple[int, Module]]]:
+    """What takes up the rest of a budget, every layer's modules from the finest; and what is whole, if that must."""
     every = [(index, module) for index, layer in enumerate(layers) for module in from_finest(layer, modules, align)]
-    return sorted(every, key=lambda place: kept[place[0]][place[1]] == layers[place[0]].modules[place[1]].full)
+    cut = [(index, module) for index, module in every if kept[index][module] < layers[index].modules[module].full]
+    return cut, [place for place in every if place not in cut]
 
 
 def _descent(shape: ModuleGeometry, losses: torch.Tensor, align: int) -> list[tuple[float, int]]:

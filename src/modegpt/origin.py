@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedConfig
 from typing_extensions import Self
 
-from .config import NONE, RunConfig
+from .config import HELD_OUT, NONE, RunConfig
 from .errors import CheckpointError, InvalidRequest
 from .files import replace_file
 from .kept import PROFILE_FILE
@@ -85,10 +85,15 @@ class Origin(BaseModel):
                 raise InvalidRequest(
                     f"--{name} {given} needs calibration text; with --profile-from use {' or '.join(possible)}"
                 )
+        if "evaluate" in config.model_fields_set and config.evaluate == HELD_OUT:
+            raise InvalidRequest(
+                f"--evaluate {HELD_OUT}: with --profile-from there is no calibration text to hold any out of; "
+                "name a text, or leave it out"
+            )
         changes: dict[str, Any] = {name: getattr(settled, name) for name in _TAKEN}
         changes |= {"statistics": "dense"}
         changes |= {} if "allocation" in config.model_fields_set else {"allocation": "sensitivity"}
-        changes |= {"evaluate": "none"} if config.evaluate == "held-out" else {}
+        changes |= {"evaluate": "none"} if config.evaluate == HELD_OUT else {}
         given = {name: getattr(config, name) for name in config.model_fields_set}
         return type(config).validated(**given | changes)  # what was settled is checked with what was asked for
 

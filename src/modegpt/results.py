@@ -154,7 +154,7 @@ class Profile:
         """D of every module at ranks 0, 1, ..., full.
 
         Where half of the rank is next to nothing, as with many dead channels, the module is taken to lose at rank 0
-        no less than the median of its type in the layers where it is not.
+        no less than the median of its type in the layers where it is not, or of the other types where there is none.
         """
         lost: dict[Module, list[float]] = {}
         for layer in self.layers:
@@ -162,8 +162,9 @@ class Profile:
                 if not one.faint:
                     lost.setdefault(module, []).append(float(one.losses()[0]))
         usual = {module: median(values) for module, values in lost.items()}
+        of_any = median(usual.values()) if usual else 0.0
         return [
-            {module: one.losses(usual.get(module, 0.0) if one.faint else 0.0) for module, one in layer.items()}
+            {module: one.losses(usual.get(module, of_any) if one.faint else 0.0) for module, one in layer.items()}
             for layer in self.layers
         ]
 
