@@ -56,7 +56,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 #: A dense forward pass over all calibration windows takes as many times longer than one over these as they are more.
 TIMED_WINDOWS = 4
 #: Method, statistics, allocation and temperature: of eq. 11 the automatic one, whose largest sparsity is 80 %, and
-#: flatter ones; of the strongest baseline also our allocation.
+#: flatter ones; of the strongest baseline also our allocation, and its own statistics.
 SETTINGS: tuple[Setting, ...] = (
     ("greedy", "dense", "sensitivity", "auto"),
     ("modegpt", "dense", "block-influence", 0.03),
@@ -64,6 +64,7 @@ SETTINGS: tuple[Setting, ...] = (
     ("modegpt", "dense", "block-influence", 0.2),
     ("obc", "dense", "uniform", "auto"),
     ("obc", "dense", "sensitivity", "auto"),
+    ("obc", "sequential", "uniform", "auto"),
     ("flap", "dense", "own", "auto"),
     *((method, "dense", "uniform", "auto") for method in ("svd-llm", "asvd", "svd", "joint-rank-k", "magnitude")),
     ("shortgpt", "dense", "own", "auto"),
