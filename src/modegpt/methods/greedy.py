@@ -109,10 +109,10 @@ class Greedy(Ridged, ChannelMethod):
             kept, fitted, error = min(fits, key=lambda fit: fit[2])
             return Solution(weights.select(kept, fitted), error, norm, kept)
 
-        errors = rising(result.errors, norm)
-        return Ladder(
-            len(output), at, errors, lambda solution: self.finished_mlp(solution, statistics, profile), result
-        )
+        def finished(solution: Solution[MLPWeights]) -> Solution[MLPWeights]:
+            return self.finished_mlp(solution, statistics, profile)
+
+        return Ladder(len(output), at, rising(result.errors, norm), finished, result)
 
     def finished_mlp(
         self, solution: Solution[MLPWeights], statistics: LayerStatistics, profile: torch.Tensor
