@@ -123,7 +123,7 @@ def test_the_default_loses_least_and_about_what_it_predicts(
     before = modegpt.perplexity(dense, held_out)
     lost = {method: math.log(modegpt.perplexity(model, held_out) / before) for method, model in both.items()}
     predicted = both["greedy"].compression_report.predicted_loss
-    assert 0 < lost["greedy"] < 0.8 * lost["modegpt"]
+    assert 0 < lost["greedy"] < 0.5 * lost["modegpt"]
     assert lost["modegpt"] < math.log(5)
     assert 0.5 < lost["greedy"] / predicted < 2
 
