@@ -90,7 +90,7 @@ def test_the_summary_has_the_facts_of_the_report(run: Run, other_text_file: Path
     def removed(facts: dict[str, float]) -> str:
         return f"{1 - facts['compressed'] / facts['dense']:.2%}"
 
-    assert rows["Requested"] == ["", "", "30.00%"]
+    assert rows["Ratio aimed at"] == ["", "", "30.00%"]
     for name, key in (("Decoder-block parameters", "block_parameters"), ("All parameters", "parameters")):
         facts = report[key]
         assert rows[name] == [f"{facts['dense']:,.0f}", f"{facts['compressed']:,.0f}", removed(facts)]

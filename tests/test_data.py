@@ -276,7 +276,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         read_text("wikitext2")
     assert str(caught.value) == (
         "data set Salesforce/wikitext could not be loaded from the hub: Couldn't reach the Hub (ConnectError); "
-        "without it, give files and text that the model writes: FILE,self"
+        "without it, give files and text that the model writes: --calibration FILE,self"
     )
 
 

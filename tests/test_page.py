@@ -107,7 +107,7 @@ def test_all_that_is_known_of_several_models(made: Path, tmp_path: Path) -> None
         blocks, size = report.block_parameters, report.bytes
         assert [
             "Decoder-block parameters removed",
-            f"{blocks.removed:.1%} ({report.options['ratio']:.1%} asked for)",
+            f"{blocks.removed:.1%} ({report.options['ratio']:.1%} aimed at)",
         ] in cells.rows
         assert ["Weights", f"float32, {size.compressed / 1e6:.1f} MB ({size.dense / 1e6:.1f} MB dense)"] in cells.rows
         assert len(report.measured()) == 1

@@ -391,7 +391,7 @@ def test_devices_starts_the_processes_by_itself(devices: tuple[Path, Outcome], a
 def test_one_process_speaks_for_all(devices: tuple[Path, Outcome]) -> None:
     output, outcome = devices
     assert outcome.out.splitlines()[-1] == f"Checkpoint: {output}"
-    assert outcome.out.count("Requested") == 1
+    assert outcome.out.count("Ratio aimed at") == 1
     assert outcome.err.count("Plan: ") == 1
     assert outcome.err.count("Compressing layers: 3 of 3") == 1
 

@@ -804,7 +804,7 @@ def test_a_name_that_is_not_unicode_is_no_obstacle(tiny_checkpoint: Path, text_f
 # Interruptions
 
 
-INTERRUPTED = Outcome(130, "", "modegpt: interrupted; repeat the command to go on\n")
+INTERRUPTED = Outcome(130, "", "modegpt: interrupted; repeat the command to go on from what is finished\n")
 
 
 def test_a_run_that_is_interrupted_before_anything_is_finished_leaves_nothing(

@@ -272,8 +272,9 @@ class CompressionConfig(BaseModel):
     def _of_the_method(cls, value: Allocation, info: ValidationInfo) -> Allocation:
         method = METHODS[info.data.get("method", DEFAULT_METHOD)]
         if value not in method.allocations:
-            usable = ", ".join(f"'{one}'" for one in method.allocations if one != "own") or "none: it has its own"
-            raise ValueError(f"not for --method {method.name}, which can be used with {usable}")
+            usable = ", ".join(f"'{one}'" for one in method.allocations if one != "own")
+            instead = f"which can be used with {usable}" if usable else "which has one of its own: leave it out"
+            raise ValueError(f"not for --method {method.name}, {instead}")
         return value
 
     @field_validator("modules", mode="before")

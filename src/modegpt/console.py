@@ -43,6 +43,8 @@ PHASES = {
     "export": "Writing the model",
     "bench": "Measuring speed",
 }
+#: Seconds between two lines of a log about the same phase.
+_EVERY = 5.0
 
 
 def choose_progress(console: Console, quiet: bool) -> Progress:
@@ -92,28 +94,30 @@ class LiveProgress(Progress):
 
 
 class PlainProgress(Progress):
-    """A line for every finished step, for logs."""
+    """A line for finished steps, for logs: of the last of a phase, and of others every few seconds."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
         self._name, self._steps, self._done = "", 0, 0
-        self._started = 0.0
+        self._started = self._said = 0.0
 
     def note(self, text: str) -> None:
         self._print(text)
 
     def advance(self) -> None:
         self._done += 1
-        spent = time.perf_counter() - self._started
+        now = time.perf_counter()
+        spent = now - self._started
         left = spent / self._done * (self._steps - self._done)
-        if self._steps == 1:
+        if self._steps == 1 or (self._done < self._steps and now - self._said < _EVERY):
             return
+        self._said = now
         self._print(f"{self._name}: {self._done} of {self._steps} ({spent:.0f} s, {left:.0f} s left)")
 
     def _start(self, name: str, steps: int) -> None:
         self._name, self._steps, self._done = PHASES.get(name, name), steps, 0
-        self._started = time.perf_counter()
+        self._started = self._said = time.perf_counter()
         self._print(f"{self._name} ...")
 
     def _print(self, line: str) -> None:
@@ -189,7 +193,7 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
     table = Table(title="Compression", show_header=True, title_justify="left")
     for column in ("", "dense", "compressed", "removed"):
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row("Requested", "", "", f"{report.requested_ratio:.2%}")
+    table.add_row("Ratio aimed at", "", "", f"{report.requested_ratio:.2%}")
     for name, pair in (("Decoder-block parameters", report.block_parameters), ("All parameters", report.parameters)):
         table.add_row(name, f"{pair.dense:,.0f}", f"{pair.compressed:,.0f}", f"{pair.removed:.2%}")
     size = report.bytes
@@ -202,7 +206,8 @@ def summary_table(report: CompressionReport, run: RunFacts | None = None) -> Tab
     if report.alignment is not None:
         table.add_row("Ranks are multiples of (measured)", "", str(report.alignment.chosen), "")
     if report.predicted_loss is not None:
-        table.add_row("Perplexity, predicted", "", f"{math.exp(min(report.predicted_loss, 700.0)):.3f} times", "")
+        times = f"{math.exp(min(report.predicted_loss, 700.0)):.3f} times"
+        table.add_row("Perplexity on such text as calibrates, predicted", "", times, "")
     for text, pair in report.measured().items():
         table.add_row(escape(f"Perplexity ({text})"), f"{pair.dense:.3f}", f"{pair.compressed:.3f}", "")
     if run is not None:

@@ -276,7 +276,7 @@ def _hub_text(dataset: HubDataset, evaluation: bool) -> str:
             rows = list((rows.skip(dataset.rows) if following else rows).take(dataset.rows))
     except Exception as error:
         message = " ".join(str(error).split())
-        instead = "a file" if evaluation else "files and text that the model writes: FILE,self"
+        instead = "a file" if evaluation else "files and text that the model writes: --calibration FILE,self"
         raise InvalidRequest(
             f"data set {dataset.path} could not be loaded from the hub: {message}; without it, give {instead}"
         ) from error

@@ -19,7 +19,7 @@ def card_rows(report: CompressionReport) -> list[tuple[str, str]]:
     rows = [
         ("Compressed from", report.source),
         ("Method", f"{report.options.get('method')}, allocation {report.options.get('allocation')}"),
-        ("Decoder-block parameters removed", f"{blocks.removed:.1%} ({report.requested_ratio:.1%} asked for)"),
+        ("Decoder-block parameters removed", f"{blocks.removed:.1%} ({report.requested_ratio:.1%} aimed at)"),
         ("All parameters removed", f"{everything.removed:.1%} ({left})"),
         ("Weights", f"{report.dtype}, {size.compressed / 1e6:,.1f} MB ({size.dense / 1e6:,.1f} MB dense)"),
         ("Calibration", f"{report.calibration.source}, {report.calibration.tokens:,} tokens"),
