@@ -254,11 +254,8 @@ def ranks_from_sparsity(
         for module in [*(module for module in shares if module != finest), finest]:
             geometry = layer.modules[module]
             ideal, step = (1 - shares[module]) * geometry.full, geometry.step(align)
-            due = module == coarsest and abs(carry) >= step * geometry.unit_parameters / 2
-            if module == finest:
-                kept[module] = geometry.taking(ideal, -carry, align, limited=True)
-            else:
-                kept[module] = geometry.taking(ideal, -carry if due else 0.0, align, limited=False)
+            due = module == finest or (module == coarsest and abs(carry) >= step * geometry.unit_parameters / 2)
+            kept[module] = geometry.taking(ideal, -carry if due else 0.0, align, limited=module == finest)
             carry += (1 - shares[module]) * geometry.parameters - geometry.parameters_at(kept[module])
         units.append(kept)
     for place, limited in ((0, True), (0, False), (1, False), (2, False), (0, False)):

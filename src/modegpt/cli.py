@@ -144,10 +144,7 @@ def _carry_out(work: Callable[..., _Result], config: _Config, quiet: bool) -> _R
             show=None if quiet else lambda plan: say(Console(stderr=True), plan_line(plan)),
         )
     except KeyboardInterrupt:
-        print(
-            "modegpt: interrupted; repeat the command to go on from what is finished",
-            file=sys.stderr,
-        )
+        print("modegpt: interrupted; repeat the command to go on from what is finished", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -177,7 +177,7 @@ def _opened(request: Request, progress: Progress | None, crew: Workers) -> Itera
     """Read the texts and open the model and the journal."""
     progress = (progress if crew.first else None) or Progress()
     config, source = request.config, request.source
-    with progress.phase("text") if reads_text(config) else nullcontext():
+    with progress.phase("text") if _reads_text(config) else nullcontext():
         texts = read_texts(config, request.tokenizer)
     with progress.phase("load"):
         dense = source.streamed(request.model_config, config.dtype, config.device)
@@ -311,13 +311,13 @@ def _fingerprint(request: Request, texts: Texts) -> dict[str, Any]:
     }
 
 
-def reads_text(config: RunConfig) -> bool:
-    """Whether anything calibrates that is no profile, or is measured on."""
-    return _calibrates(config) or config.evaluate not in (HELD_OUT, NONE)
+def _reads_text(config: RunConfig) -> bool:
+    """Whether any text is, to calibrate or to be measured on."""
+    return _reads_calibration(config) or config.evaluate not in (HELD_OUT, NONE)
 
 
-def _calibrates(config: RunConfig) -> bool:
-    """Whether text calibrates, or would where it is held out of."""
+def _reads_calibration(config: RunConfig) -> bool:
+    """Whether the text of ``--calibration`` is read: to calibrate, or to hold some out of it."""
     wanted = config.calibrates or config.evaluate == HELD_OUT
     return config.profile_from is None and config.calibration != NONE and wanted
 
@@ -326,7 +326,7 @@ def read_texts(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """The windows of a run, as far as the model does not write them itself."""
     length, count = config.sequence_length, config.evaluation_samples
     texts, held_out = Texts(config.seed), config.evaluate == HELD_OUT
-    if _calibrates(config):
+    if _reads_calibration(config):
         mixture = Mixture.parse(config.calibration)
         cut = Cut(
             samples=config.samples,
